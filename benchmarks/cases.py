@@ -1,0 +1,213 @@
+"""What is measured and what it is held against: performance.md, section 2, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["CASES", "Case", "Group", "Probe", "Target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One row: a piece of work for one system."""
+
+    label: str
+    system: str
+    work: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Probes that take turns, round by round, so that all of them see the same machine.
+
+    Args:
+        name: key of the group's measurements.
+        same_cpu: server and client share one CPU, as the target of the group asks for.
+    """
+
+    name: str
+    probes: tuple[Probe, ...]
+    same_cpu: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A bound on one number, or on the ratio of two.
+
+    Args:
+        metric: key in the measured numbers.
+        over: label of the probe that is judged.
+        under: label of the probe it is divided by; None judges the number itself.
+        at_most: upper bound; exclusive with ``at_least``.
+        at_least: lower bound.
+    """
+
+    metric: str
+    over: str
+    under: str | None = None
+    at_most: float | None = None
+    at_least: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One target of the design: which measurements it needs, which numbers it shows, what they must be."""
+
+    name: str
+    title: str
+    group: Group
+    metrics: Mapping[str, str]
+    targets: tuple[Target, ...] = field(default=())
+
+
+def _rows(work: str, rows: Mapping[str, tuple[str, Mapping[str, Any]]], **params: Any) -> tuple[Probe, ...]:
+    return tuple(Probe(label, system, work, {**params, **extra}) for label, (system, extra) in rows.items())
+
+
+_RPC: Mapping[str, Any] = {"how": "rpc"}
+_COMM: Mapping[str, Any] = {"how": "comm"}
+
+_SMALL = Group(
+    "small calls",
+    _rows(
+        "small_call",
+        {
+            "raw": ("raw", _COMM),
+            "ours, rpc": ("ours", _RPC),
+            "ours, comm": ("ours", _COMM),
+            "stock, rpc": ("stock", _RPC),
+            "stock, comm": ("stock", _COMM),
+        },
+        count=1500,
+    ),
+    same_cpu=True,
+)
+
+_WATCHED = Group(
+    "watched calls",
+    _rows(
+        "small_call",
+        {
+            "sync, unwatched": ("ours", {"op": "add_unwatched"}),
+            "sync": ("ours", {"op": "add"}),
+            "checkpoint, unwatched": ("ours", {"op": "add_checkpoint_unwatched"}),
+            "checkpoint": ("ours", {"op": "add_checkpoint"}),
+            "stock, checkpoint": ("stock", {"op": "add_checkpoint"}),
+        },
+        how="rpc",
+        count=1500,
+    ),
+    same_cpu=True,
+)
+
+
+def _in_flight(width: int) -> Case:
+    group = Group(
+        f"{width} in flight",
+        _rows(
+            "in_flight",
+            {
+                "raw": ("raw", _COMM),
+                "ours, rpc": ("ours", _RPC),
+                "ours, comm": ("ours", _COMM),
+                "stock, rpc": ("stock", _RPC),
+                "stock, comm": ("stock", _COMM),
+            },
+            width=width,
+            seconds=0.4,
+        ),
+    )
+    targets = tuple(
+        Target("rate", ours, other, at_least=bound)
+        for ours, stock in (("ours, rpc", "stock, rpc"), ("ours, comm", "stock, comm"))
+        for other, bound in (("raw", 1.2), (stock, 4.0))
+    )
+    return Case("T2", f"{width} calls in flight, one per connection", group, {"rate": "calls/s"}, targets)
+
+
+_PLAIN: dict[str, tuple[str, Mapping[str, Any]]] = {"raw": ("raw", {}), "ours": ("ours", {}), "stock": ("stock", {})}
+_BULK: dict[str, tuple[str, Mapping[str, Any]]] = {"ours": ("ours", {}), "stock": ("stock", {})}
+
+
+def _echo(mib: int, count: int) -> Case:
+    group = Group(f"echo {mib} MiB", _rows("echo", _BULK, mib=mib, count=count))
+    return Case("T6", f"numpy echo, {mib} MiB", group, {"rate": "MB/s"}, (Target("rate", "ours", "stock", at_least=1.0),))
+
+
+#: All cases, in the order in which they are run and shown.
+CASES: tuple[Case, ...] = (
+    Case(
+        "T1",
+        "sequential small call",
+        _SMALL,
+        {"p50": "µs"},
+        (
+            Target("p50", "ours, rpc", "raw", at_most=0.75),
+            Target("p50", "ours, rpc", "stock, rpc", at_most=1 / 3.5),
+            Target("p50", "ours, comm", "raw", at_most=0.75),
+            Target("p50", "ours, comm", "stock, comm", at_most=1 / 3.5),
+        ),
+    ),
+    Case(
+        "T13",
+        "processor time of a small call, both ends",
+        _SMALL,
+        {"cpu": "µs"},
+        (
+            Target("cpu", "ours, rpc", "stock, rpc", at_most=0.5),
+            Target("cpu", "ours, comm", "stock, comm", at_most=0.5),
+        ),
+    ),
+    Case(
+        "T9",
+        "watching for the caller's departure",
+        _WATCHED,
+        {"p50": "µs"},
+        (
+            Target("p50", "sync", "sync, unwatched", at_most=1.05),
+            Target("p50", "checkpoint", "checkpoint, unwatched", at_most=1.05),
+        ),
+    ),
+    _in_flight(64),
+    _in_flight(512),
+    Case(
+        "T5",
+        "comm.write / comm.read loop, small messages",
+        Group("messages", _rows("messages", _PLAIN, count=10_000)),
+        {"rate": "msgs/s"},
+        (Target("rate", "ours", "stock", at_least=1.5),),
+    ),
+    _echo(1, 60),
+    _echo(64, 3),
+    Case(
+        "T6",
+        "numpy one way, 512 MiB",
+        Group("one way", _rows("one_way", _BULK, mib=512)),
+        {"rate": "MB/s", "receiver": "of the payload, extra memory", "sender": "of the payload, extra memory"},
+        (
+            Target("rate", "ours", "stock", at_least=1.5),
+            Target("receiver", "ours", at_most=1.1),
+            Target("sender", "ours", at_most=0.05),
+        ),
+    ),
+    Case(
+        "T7",
+        "connect, handshake, close",
+        Group("connecting", _rows("connecting", _PLAIN, count=150)),
+        {"p50": "µs"},
+        (Target("p50", "ours", "stock", at_most=0.6),),
+    ),
+    Case(
+        "T12",
+        "import, interpreter start subtracted",
+        Group("imports", tuple(Probe(name, "", "import", {}) for name in ("trio, msgpack", "ours", "ours, used", "stock"))),
+        {"import": "ms"},
+        (
+            Target("import", "ours", "trio, msgpack", at_most=1.3),
+            Target("import", "ours, used", "trio, msgpack", at_most=1.3),
+        ),
+    ),
+)

@@ -1,0 +1,129 @@
+"""What a client measures: the same loops for every system, so that they cost every system the same.
+
+Each function runs in the client's process, inside the system's own event loop, and returns a flat dict of numbers.  Times are
+seconds; ``cpu`` is the processor time that both ends together spent for one operation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from .processes import MemoryWatch, cpu_seconds
+from .systems import BulkSystem, Link, System
+
+__all__ = ["WORK"]
+
+_MIB = 2**20
+
+
+async def small_call(system: System, address: str, server: int, *, how: str, op: str = "add", count: int) -> dict[str, float]:
+    """T1, T9, T13: sequential small calls over one connection."""
+    link = await system.open(address, how, op)
+    call = link.call
+    for _ in range(max(50, count // 10)):
+        await call()
+    clock = time.perf_counter
+    laps = []
+    cpu = cpu_seconds() + cpu_seconds(server)
+    for _ in range(count):
+        start = clock()
+        await call()
+        laps.append(clock() - start)
+    cpu = cpu_seconds() + cpu_seconds(server) - cpu
+    await link.aclose()
+    return {"p50": statistics.median(laps), "cpu": cpu / count}
+
+
+async def in_flight(system: System, address: str, server: int, *, how: str, width: int, seconds: float) -> dict[str, float]:
+    """T2: ``width`` calls in flight all the time, each on a connection of its own."""
+    # One rpc object opens a connection per call in flight by itself; a comm carries one call.
+    links: list[Link]
+    if how == "rpc":
+        links = [await system.open(address, how, "add")] * width
+    else:
+        links = [await system.open(address, how, "add") for _ in range(width)]
+    clock = time.perf_counter
+    done = 0
+    end = float("inf")
+
+    async def warm(link: Link) -> None:
+        await link.call()
+        await link.call()
+
+    async def worker(link: Link) -> None:
+        nonlocal done
+        while clock() < end:
+            await link.call()
+            done += 1
+
+    await system.gather([lambda link=link: warm(link) for link in links])  # type: ignore[misc]
+    begin = clock()
+    end = begin + seconds
+    await system.gather([lambda link=link: worker(link) for link in links])  # type: ignore[misc]
+    elapsed = clock() - begin
+    for link in set(links):
+        await link.aclose()
+    return {"rate": done / elapsed}
+
+
+async def connecting(system: System, address: str, server: int, *, count: int) -> dict[str, float]:
+    """T7: connect, handshake, close; one after the other."""
+    for _ in range(10):
+        await system.connect(address)
+    clock = time.perf_counter
+    laps = []
+    for _ in range(count):
+        start = clock()
+        await system.connect(address)
+        laps.append(clock() - start)
+    return {"p50": statistics.median(laps)}
+
+
+async def messages(system: System, address: str, server: int, *, count: int) -> dict[str, float]:
+    """T5: the server's ``comm.write`` loop, read by the client's ``comm.read`` loop."""
+    begin = 0.0
+
+    def start() -> None:
+        nonlocal begin
+        begin = time.perf_counter()
+
+    await system.drain(address, count, start)
+    return {"rate": (count - 1) / (time.perf_counter() - begin)}
+
+
+async def echo(system: BulkSystem, address: str, server: int, *, mib: int, count: int) -> dict[str, float]:
+    """T6: an array there and back.  MB/s counts the payload once per round trip, as the targets do."""
+    laps = [time.perf_counter()]
+    await system.echo(address, mib * _MIB, count + 1, lambda: laps.append(time.perf_counter()))
+    # The first lap has the connecting in it.
+    return {"rate": count * mib * _MIB / 1e6 / (laps[-1] - laps[1])}
+
+
+async def one_way(system: BulkSystem, address: str, server: int, *, mib: int) -> dict[str, float]:
+    """T6: one large array to the server; extra memory at both ends as a part of the payload."""
+    size = mib * _MIB
+    watches: list[MemoryWatch] = []
+    times: list[float] = []
+
+    def begin() -> None:
+        watches.extend((MemoryWatch(server), MemoryWatch()))
+        times.append(time.perf_counter())
+
+    def end() -> None:
+        times.append(time.perf_counter())
+
+    await system.sink(address, size, begin, end)
+    receiver, sender = (watch.extra() / size for watch in watches)
+    return {"rate": size / 1e6 / (times[1] - times[0]), "receiver": receiver, "sender": sender}
+
+
+WORK: dict[str, Any] = {
+    "small_call": small_call,
+    "in_flight": in_flight,
+    "connecting": connecting,
+    "messages": messages,
+    "echo": echo,
+    "one_way": one_way,
+}

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from trio_dcore.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_call(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "call", address, "add", "x=1", "y=2") == (0, "3\n", "")
+    assert run(capsys, "call", address.removeprefix("tcp://"), "add", "x=a", "y=b") == (0, '"ab"\n', "")
+
+
+def test_call_prints_json_by_the_documented_rule(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "call", address, "describe")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "bytes": {"$bytes": "aGVsbG8="},
+        "tuple": [1, 2],
+        "set": {"$set": [1, 2]},
+        "ratio": 0.5,
+        "none": None,
+    }
+
+
+def test_call_takes_any_name(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "call", address, "odd-name")[0] == 0
+
+
+def test_call_that_fails_over_there(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "call", address, "fail", "text=no such colour")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert "ValueError: no such colour" in err
+
+
+def test_call_shows_the_remote_traceback_if_asked(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "call", address, "fail", "text=x", "--traceback")
+    assert code == 1
+    assert "raise ValueError(text)" in err
+
+
+def test_call_of_an_unknown_op_names_the_closest(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "call", address, "ad", "x=1", "y=2")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "'add'" in err
+
+
+def test_call_with_wrong_arguments(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "call", address, "add", "x=1")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "add(x" in err  # the signature
+
+
+def test_call_of_a_generator_advises_to_stream(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "call", address, "forever")
+    assert code == 1
+    assert "stream" in err
+
+
+def test_call_that_takes_too_long(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "call", address, "hang", "--timeout", "0.05")
+    assert (code, out) == (124, "")
+    assert err == "trio-dcore: error: timed out; give more time with --timeout\n"
+
+
+@pytest.mark.parametrize("command", ["call", "stream"])
+@pytest.mark.parametrize("word", ["x", "=1", "op=add", "comm=1", "reply=false"])
+def test_arguments_that_can_not_be_passed(command: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, command, "tcp://127.0.0.1:1", "add", word)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [("call", "{}", "add"), ("stream", "{}", "ticks"), ("ping", "{}")])
+def test_addresses_that_are_none(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *(word.format("http://127.0.0.1:1") for word in argv))
+    assert (code, out) == (2, "")
+    assert "unknown scheme 'http'" in err
+
+
+@pytest.mark.parametrize("argv", [("call", "{}", "add"), ("ping", "{}")])
+def test_nobody_there(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    # bound but not listening: connecting is refused, and nobody else can get this port meanwhile
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{reserved.getsockname()[1]}"
+        code, out, err = run(capsys, *(word.format(address) for word in argv), "--timeout", "0.3")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert address in err
+    assert err.endswith("; is a server listening there?\n")
+
+
+def test_stream(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "stream", address, "count", "n=3") == (0, "0\n1\n2\n", "")
+
+
+def test_stream_stops_after_so_many_items(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "stream", address, "forever", "--count", "2") == (0, '{"n": 0}\n{"n": 1}\n', "")
+
+
+def test_stream_that_fails(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "stream", address, "nosuch")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+
+
+def test_stream_that_takes_too_long(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "stream", address, "hang", "--timeout", "0.05")
+    assert (code, out) == (124, "")
+
+
+def test_stream_into_a_pipe_that_closes(address: str) -> None:
+    """As `| head -1` does: no complaint, and it ends."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "trio_dcore.cli", "stream", address, "forever"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        assert program.stdout.readline() == '{"n": 0}\n'
+        program.stdout.close()
+        assert program.stderr.read() == ""
+        assert program.wait(60) == 0
+
+
+def test_ping(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "ping", address, "--count", "3")
+    assert (code, err) == (0, "")
+    who, connecting, echoes = out.splitlines()
+    assert who.startswith(f"{address} is ")
+    assert json.loads(who.removeprefix(f"{address} is "))["type"] == "Server"
+    assert connecting.endswith(" ms")
+    assert echoes.startswith("3 echoes: fastest ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("nosuch",),
+        ("call",),
+        ("call", "tcp://127.0.0.1:1"),
+        ("call", "tcp://127.0.0.1:1", "add", "--timeout", "soon"),
+        ("call", "tcp://127.0.0.1:1", "add", "--timeout", "-1"),
+        ("call", "tcp://127.0.0.1:1", "add", "--timeout", "nan"),
+        ("stream", "tcp://127.0.0.1:1", "add", "--count", "0"),
+        ("ping", "tcp://127.0.0.1:1", "--count", "many"),
+        ("demo", "loud"),
+    ],
+)
+def test_wrong_usage(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: trio-dcore" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("call",), ("stream",), ("ping",), ("demo",)])
+def test_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: trio-dcore" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_it_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trio.run", interrupted)
+    assert run(capsys, "call", "tcp://127.0.0.1:1", "add") == (130, "", "")

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trio_dcore.cli._errors import CliError
+from trio_dcore.cli._output import parse_arguments, print_line, to_json
+
+
+def test_arguments_are_json_or_else_text() -> None:
+    words = [
+        "n=1",
+        "x=-2.5",
+        "name=joe",
+        "flag=true",
+        "nothing=null",
+        "xs=[1, 2]",
+        'quoted="1"',
+        "empty=",
+        "eq=a=b",
+        "d={'a': 1}",
+    ]
+    assert parse_arguments(words) == {
+        "n": 1,
+        "x": -2.5,
+        "name": "joe",
+        "flag": True,
+        "nothing": None,
+        "xs": [1, 2],
+        "quoted": "1",
+        "empty": "",
+        "eq": "a=b",
+        "d": "{'a': 1}",
+    }
+
+
+def test_an_argument_too_deep_for_json_is_text() -> None:
+    deep = "[" * 100_000
+    assert parse_arguments([f"x={deep}"]) == {"x": deep}
+
+
+@pytest.mark.parametrize(("words", "said"), [(["x"], "KEY=VALUE"), (["=1"], "KEY=VALUE"), (["x=1", "x=2"], "'x' is given twice")])
+def test_wrong_arguments(words: list[str], said: str) -> None:
+    with pytest.raises(CliError, match=said) as caught:
+        parse_arguments(words)
+    assert caught.value.code == 2
+
+
+class Opaque:
+    def __repr__(self) -> str:
+        return "<opaque>"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (2**70, "1180591620717411303424"),
+        (0.1, "0.1"),
+        ("grün", '"grün"'),
+        ((1, [2, ()]), "[1, [2, []]]"),
+        ({"a": {"b": None}}, '{"a": {"b": null}}'),
+        ({1: "x"}, '{"$dict": [[1, "x"]]}'),
+        ({(1, 2): 3, "a": 4}, '{"$dict": [[[1, 2], 3], ["a", 4]]}'),
+        ({3, 1, 2}, '{"$set": [1, 2, 3]}'),
+        (frozenset({"b", 1}), '{"$set": ["b", 1]}'),
+        (b"hello", '{"$bytes": "aGVsbG8="}'),
+        (bytearray(b"hello"), '{"$bytes": "aGVsbG8="}'),
+        (memoryview(b"hello"), '{"$bytes": "aGVsbG8="}'),
+        (float("nan"), '{"$float": "nan"}'),
+        ([float("-inf")], '[{"$float": "-inf"}]'),
+        (Opaque(), '{"$repr": "<opaque>"}'),
+        ({"x": Decimal("1.5")}, '{"x": {"$repr": "Decimal(\'1.5\')"}}'),
+    ],
+)
+def test_values_as_json(value: Any, shown: str) -> None:
+    assert to_json(value) == shown
+    json.loads(shown)
+
+
+def test_numpy_values() -> None:
+    np = pytest.importorskip("numpy")
+    assert to_json([np.int64(3), np.float32(0.5), np.float64(1.5), np.bool_(True)]) == "[3, 0.5, 1.5, true]"
+    assert to_json(np.float64("nan")) == '{"$float": "nan"}'
+    assert to_json(np.array([1, 2])) == '{"$repr": "array([1, 2])"}'
+    assert to_json(np.array(7)) == "7"
+    assert "$repr" in to_json(np.longdouble(1))
+
+
+def test_a_value_that_contains_itself() -> None:
+    loop: list[Any] = [1]
+    loop.append(loop)
+    assert to_json(loop) == '{"$repr": "[1, [...]]"}'
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(json_values)
+def test_what_json_knows_is_printed_as_it_is(value: Any) -> None:
+    shown = to_json(value)
+    assert json.loads(shown) == value
+    assert "\n" not in shown
+
+
+def test_text_that_the_terminal_can_not_show(capsys: pytest.CaptureFixture[str]) -> None:
+    print_line("lone \ud800 surrogate")
+    assert capsys.readouterr().out == "lone \\ud800 surrogate\n"

@@ -1,0 +1,71 @@
+"""What the documentation shows works: its programs run, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+# What a program prints, where the page promises it; the others only have to run.
+OUTPUTS = {
+    "README.md:1": "3\n0\n1\n2\n3\n",
+    "tutorial.md:4": "25\n36\n49\n64\nnobody listens any more\n",
+    "tutorial.md:5": "[1, 3, 6]\n",
+    "tutorial.md:6": "cancelled over there, too\nand here we are\n",
+    "tutorial.md:7": "working\ndone\nStatus.closed\n",
+}
+
+
+def programs() -> dict[str, str]:
+    found = {}
+    for page in PAGES:
+        blocks = [text for language, text in FENCE.findall(page.read_text(encoding="utf-8")) if language == "python"]
+        for number, text in enumerate(blocks, 1):
+            found[f"{page.name}:{number}"] = text
+    return found
+
+
+def test_the_outputs_belong_to_programs() -> None:
+    assert set(OUTPUTS) <= set(programs())
+
+
+@pytest.mark.parametrize("name", programs())
+def test_programs_run(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-"], input=programs()[name], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (run.stderr, run.returncode) == ("", 0)
+    assert run.stdout == OUTPUTS.get(name, run.stdout)
+    assert run.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]+`(?!\])", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+    targets = [link.partition("#")[0] for link in LINK.findall(text) if "://" not in link]
+    assert not [target for target in targets if target and not (page.parent / target).exists()]
+
+
+def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    commands = [line for line in lines if line.startswith("    python3 -m venv ")]
+    assert [command.endswith(("trio-dcore demo", "python -m pytest")) for command in commands] == [True, True]
+
+
+def test_the_thirty_lines_are_thirty() -> None:
+    assert len(programs()["README.md:1"].splitlines()) <= 32
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{version}]" in changelog or "## [Unreleased]" in changelog

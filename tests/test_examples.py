@@ -1,0 +1,99 @@
+"""Every example runs as a test: in this process on a free port, and server and client as two programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import trio
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+CLIENTS = {
+    "client_comm": ["1 + 2 = 3"],
+    "client_stream": ["read 1", "read 2", "read 3", "streamed 1", "streamed 2", "streamed 3"],
+    "client_rpc": [
+        "1 + 2 = 3",
+        "doubled: [0, 2, 4, 6, 8]",
+        "TypeError, remote: True",
+        "gave up waiting for the next one: True",
+    ],
+}
+PROGRAMS = {
+    "stateful_server": ["watched: None", "watched: blue", "got: red", "KeyError: taste"],
+    "numpy_echo": ["[[0.0, 10.0, 20.0], [30.0, 40.0, 50.0]] float32", "3000000 bytes, equal: True"],
+    "embedding": ["plausible: True", "server: closed"],
+}
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_listed_here_and_in_the_readme() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {"server", *CLIENTS, *PROGRAMS}
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert not [name for name in names if f"examples/{name}.py" not in readme]
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+async def test_server_and_client(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"interval": 0.0} if name == "client_stream" else {}
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            address = await nursery.start(load("server").main, "tcp://127.0.0.1:0")
+            await load(name).main(address, **arguments)
+            nursery.cancel_scope.cancel()
+    listening, *lines = capsys.readouterr().out.splitlines()
+    assert listening == f"listening on {address}"
+    if name == "client_rpc" and "streamed 1" in lines:  # on a slow machine it gives up before that
+        lines.remove("streamed 1")
+    assert lines == CLIENTS[name]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+async def test_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "numpy_echo":
+        pytest.importorskip("numpy")
+    with trio.fail_after(30):
+        await load(name).main()
+    lines = capsys.readouterr().out.splitlines()
+    # What two tasks print has no order between them.
+    assert [line for line in PROGRAMS[name] if line not in lines] == []
+    assert set(lines) - set(PROGRAMS[name]) <= {"watched: red"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't send SIGINT to one process")
+def test_two_programs() -> None:
+    server = subprocess.Popen(
+        [sys.executable, "-W", "error", EXAMPLES / "server.py", "tcp://127.0.0.1:0"], stdout=subprocess.PIPE, text=True
+    )
+    with server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().removeprefix("listening on ").strip()
+            client = subprocess.run(
+                [sys.executable, "-W", "error", EXAMPLES / "client_comm.py", address],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert (client.stdout, client.stderr, client.returncode) == ("1 + 2 = 3\n", "", 0)
+            server.send_signal(signal.SIGINT)
+            assert server.stdout.read() == "stopped\n"
+            assert server.wait(60) == 0
+        finally:
+            server.kill()

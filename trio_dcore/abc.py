@@ -1,0 +1,206 @@
+"""The interfaces that layers meet at: :class:`Comm`, :class:`Listener`, :class:`Transport`, and :class:`Peer`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import trio
+
+from ._security import Security
+from .protocol._limits import Limits
+
+__all__ = ["Comm", "CommSettings", "Listener", "Peer", "PeerKind", "Transport"]
+
+PeerKind = Literal["inproc", "unix", "loopback", "tls", "tcp", "memory"]
+
+
+def _nobody() -> tuple[bool, str]:
+    return False, "nothing is known about this peer"
+
+
+@dataclass(frozen=True, eq=False)
+class Peer:
+    """Who is at the other end of a comm.
+
+    Attributes:
+        address: its address, as in ``comm.peer_address``.
+        kind: how it is reached.
+        uid: its user id where the system tells, else None.
+        pid: its process id where the system tells, else None.
+        certificate: its verified certificate as :meth:`ssl.SSLSocket.getpeercert` gives it, else None.
+    """
+
+    address: str
+    kind: PeerKind
+    uid: int | None = None
+    pid: int | None = None
+    certificate: dict[str, Any] | None = None
+    #: Reaches the verdict about trust: (trusted, why).  Called at most once.
+    verify: Callable[[], tuple[bool, str]] = field(default=_nobody, repr=False)
+    _verdict: list[tuple[bool, str]] = field(default_factory=list, init=False, repr=False)
+
+    def _judge(self) -> tuple[bool, str]:
+        if not self._verdict:
+            self._verdict.append(self.verify())
+        return self._verdict[0]
+
+    @property
+    def trusted(self) -> bool:
+        """Whether pickles from and to this peer are accepted.  The first reading may do I/O; later ones repeat its verdict."""
+        return self._judge()[0]
+
+    @property
+    def reason(self) -> str:
+        """Why the peer is trusted, or why not."""
+        return self._judge()[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommSettings:
+    """What a comm is made with; see :func:`trio_dcore.connect` for the meaning of each."""
+
+    security: Security = field(default_factory=Security)
+    limits: Limits = field(default_factory=Limits)
+    deserialize: bool = True
+    serializers: tuple[str, ...] | None = None
+    deserializers: tuple[str, ...] | None = None
+
+
+class Comm(trio.abc.Channel[Any]):
+    """A message channel: arbitrary Python objects in both directions.
+
+    ``send``/``receive``/``aclose``, ``async for`` and ``async with`` are trio's; ``write``/``read``/``close`` are the same
+    operations under Dask's names.  Any number of tasks may write, their messages are queued in order; only one may read.
+
+    Cancellation:
+        Of a write: it is delivered before the first byte (the message is untouched, the comm usable) or it closes the comm.  A
+        write that returned was sent whole.  Of a read: the comm stays usable unless part of a message had come; then it is
+        closed, never used again.  The one deviation from trio's "every call is a checkpoint": a read or write that needs no I/O
+        delivers cancellation, but lets other tasks run only every 16 messages or 64 KiB.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
+        """Send one message and return the number of bytes it took.
+
+        Args:
+            message: any value that can be encoded; see SerializationError and UnsafePayload.
+            on_error: what an unserialisable ``Serialize`` payload does: "message" (default) sends an error that the receiver
+                raises as TypeError, as Dask does; "raise" raises SerializationError here.
+            serializers: families for ``Serialize`` payloads of this message, instead of the comm's own.
+
+        Returns when the message is with the kernel, so a slow peer slows its writers down.
+
+        Raises:
+            SerializationError: the value can't be sent; nothing was written and the comm is usable.
+            UnsafePayload: it needs a pickle and the peer isn't trusted; nothing was written and the comm is usable.
+            CommClosedError: the comm is closed, by either side, or broke.
+        """
+
+    @abstractmethod
+    async def read(self) -> Any:
+        """Receive one message.
+
+        Raises:
+            CommClosedError: the comm ended or broke, in whatever way.
+            trio.BusyResourceError: another task is reading.
+            RemoteProtocolError, LimitExceeded: what came is not acceptable; where framing was lost the comm is closed.
+            UnsafePayload, SerializationError: a payload was refused or is broken; the comm is usable.
+        """
+
+    async def send(self, value: Any) -> None:
+        """Send one message.  As :meth:`write`, but a comm that was closed here raises trio.ClosedResourceError."""
+        raise NotImplementedError
+
+    async def receive(self) -> Any:
+        """Receive one message.  As :meth:`read`, but a clean end raises trio.EndOfChannel and a comm that was closed here
+        trio.ClosedResourceError."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close at once; what was not sent is lost.  Does nothing on a closed comm."""
+
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether the comm was closed here, or has been found broken or ended."""
+
+    async def close(self) -> None:
+        """Dask's name for ``aclose``."""
+        await self.aclose()
+
+    @property
+    @abstractmethod
+    def local_address(self) -> str:
+        """The address of this end."""
+
+    @property
+    @abstractmethod
+    def peer_address(self) -> str:
+        """The address of the other end."""
+
+    @property
+    @abstractmethod
+    def peer(self) -> Peer:
+        """Who is at the other end."""
+
+
+class Listener(trio.abc.AsyncResource):
+    """Accepts comms on one address."""
+
+    @property
+    @abstractmethod
+    def listen_address(self) -> str:
+        """The address that is bound, e.g. ``tcp://0.0.0.0:8786``."""
+
+    @property
+    @abstractmethod
+    def contact_address(self) -> str:
+        """An address that others can use; differs from the bound one for wildcards."""
+
+    @abstractmethod
+    async def accept(self) -> Comm:
+        """Wait for a connection and return its comm, before any handshake.
+
+        Cancellation: no connection is lost; it stays in the queue for the next call.
+
+        Raises:
+            trio.ClosedResourceError: the listener was closed.
+            OSError: this connection could not be accepted, e.g. EMFILE; the listener is usable.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening at once.  Connections that nobody accepted are refused."""
+
+    async def aclose(self) -> None:
+        """Stop listening."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+
+class Transport(ABC):
+    """How comms of one scheme are made; see :func:`trio_dcore.comm.register_transport`."""
+
+    #: What stands before ``://``.
+    scheme: str
+    #: Whether nobody on the way can read or change what is sent.
+    encrypted: bool = False
+
+    @abstractmethod
+    async def connect(self, location: str, settings: CommSettings) -> Comm:
+        """Make one attempt to connect; the caller bounds its time, tries again and does the handshake.
+
+        Raises:
+            OSError: nobody answered; another attempt may succeed.
+            AddressError, LocalProtocolError: it never will.
+        """
+
+    @abstractmethod
+    async def listen(self, location: str, settings: CommSettings) -> Sequence[Listener]:
+        """Bind the location; a name may stand for several addresses, all or none of which are bound."""

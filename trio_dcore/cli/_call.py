@@ -1,0 +1,102 @@
+"""``trio-dcore call``, ``stream`` and ``ping``: the client's side."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import trio
+
+from .. import CommClosedError, coerce_to_address, rpc
+from ._errors import FAILED, USAGE, CliError, explained
+from ._output import OutputClosed, parse_arguments, print_line, to_json
+
+__all__ = ["run_call", "run_ping", "run_stream"]
+
+# Whoever types a command soon wants to know that nobody listens there; connect() itself goes on trying for 30 s.
+_CONNECT = 5.0
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    arguments = parse_arguments(args.arguments)
+    for name in ("op", "comm", "reply", "close", "serializers", "deserializers"):
+        if name in arguments:
+            raise CliError(f"argument {name!r} can't be passed on: the protocol uses that name itself", USAGE)
+    return arguments
+
+
+def _connect_timeout(timeout: float) -> float:
+    """Seconds for connecting, which end before ``timeout`` does: "connection refused" says more than "timed out"."""
+    return min(_CONNECT, 0.9 * timeout)
+
+
+def run_call(args: argparse.Namespace) -> int:
+    """Call a handler and print what it returns."""
+    arguments = _arguments(args)
+
+    async def call() -> Any:
+        with trio.fail_after(args.timeout):
+            async with rpc(coerce_to_address(args.address), timeout=_connect_timeout(args.timeout)) as remote:
+                return await remote[args.op](**arguments)
+
+    with explained(show_traceback=args.traceback):
+        result = trio.run(call)
+    try:
+        print_line(to_json(result))
+    except OutputClosed:
+        return FAILED  # the result was asked for and has not been seen
+    return 0
+
+
+def run_stream(args: argparse.Namespace) -> int:
+    """Print the items of a handler's stream as they come."""
+    arguments = _arguments(args)
+    count = math.inf if args.count is None else args.count
+
+    async def stream() -> None:
+        printed = 0
+        with trio.fail_after(args.timeout):
+            address = coerce_to_address(args.address)
+            async with (
+                rpc(address, timeout=_connect_timeout(args.timeout)) as remote,
+                remote[args.op].stream(**arguments) as items,
+            ):
+                async for item in items:
+                    try:
+                        print_line(to_json(item))
+                    except OutputClosed:
+                        return  # `| head` has seen enough; leaving the block stops the handler
+                    printed += 1
+                    if printed >= count:
+                        return
+
+    with explained(show_traceback=args.traceback):
+        trio.run(stream)
+    return 0
+
+
+def run_ping(args: argparse.Namespace) -> int:
+    """Show who a server is, and how long it takes to connect and to echo."""
+
+    async def ping() -> None:
+        address = coerce_to_address(args.address)
+        with trio.fail_after(args.timeout):
+            async with rpc(address, timeout=_connect_timeout(args.timeout)) as remote:
+                began = trio.current_time()
+                identity = await remote.identity()
+                first = trio.current_time() - began
+                took = []
+                for n in range(args.count):
+                    began = trio.current_time()
+                    answer = await remote.echo(data=n)
+                    took.append(trio.current_time() - began)
+                    if answer != n:
+                        raise CommClosedError(f"{address} answers an echo of {n!r} with {answer!r}; is it a Dask server?")
+        print_line(f"{address} is {to_json(identity)}")
+        print_line(f"connecting and asking took {first * 1e3:.2f} ms")
+        print_line(f"{len(took)} echoes: fastest {min(took) * 1e3:.2f} ms, slowest {max(took) * 1e3:.2f} ms")
+
+    with explained():
+        trio.run(ping)
+    return 0

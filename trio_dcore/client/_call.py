@@ -1,0 +1,244 @@
+"""One call: request out, answer in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import trio
+from trio.lowlevel import checkpoint_if_cancelled
+
+from ..abc import Comm
+from ..comm import BaseComm
+from ..errors import (
+    CommClosedError,
+    ConnectError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    RPCClosed,
+    SerializationError,
+    ServerClosing,
+    UnsafePayload,
+)
+from ..protocol._envelope import ERROR, GOODBYE, KEY, PING, PONG, REPLY, parse_envelope
+from ..protocol._remote_errors import exception_from_reply, exception_from_value
+
+if TYPE_CHECKING:
+    from ._pool import ConnectionPool
+
+__all__ = ["call", "closed_error", "make_request", "notify", "send_recv"]
+
+
+class _NeverStarted(Exception):
+    """The server said goodbye: it shuts down and has not started this request."""
+
+
+async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, Any]) -> Any:
+    """Call ``op`` and return its result; see :class:`trio_dcore.rpc`."""
+    reply = kwargs.pop("reply", True)
+    if not reply:
+        return await notify(pool, address, op, kwargs)
+    close = kwargs.get("close", False)
+    deserializers = kwargs.pop("deserializers", None)
+    await checkpoint_if_cancelled()
+    said_goodbye = False
+    while True:
+        comm = pool.reuse(address, op)
+        fresh = False
+        if comm is None:
+            try:
+                comm, fresh = await pool.acquire(address, op)
+            except ConnectError as error:
+                if said_goodbye:
+                    raise ServerClosing(f"{address} is shutting down and did not start {op!r}") from error
+                raise
+        try:
+            if comm.extension is None:
+                await comm.write({"op": op, **kwargs, "reply": True}, on_error="raise")
+                answer = await _plain_answer(comm, op, deserializers)
+            else:
+                comm.last_id += 1
+                header: dict[str, Any] = {"id": comm.last_id}
+                deadline = trio.current_effective_deadline()
+                if deadline != math.inf:
+                    header["deadline"] = deadline - trio.current_time()
+                await comm.write({"op": op, **kwargs, "reply": True, KEY: header}, on_error="raise")
+                answer = await _enveloped_answer(comm, op, deserializers)
+        except (SerializationError, UnsafePayload):
+            # Ours: nothing was sent.  Or of the answer: it was read whole.  Either way the comm is as before.
+            _give_back(pool, comm, close)
+            raise
+        except _NeverStarted:
+            pool.discard(comm)
+            if said_goodbye:
+                raise ServerClosing(f"{address} is shutting down and did not start {op!r}") from None
+            said_goodbye = True
+            continue
+        except (CommClosedError, trio.ClosedResourceError) as error:
+            pool.discard(comm)
+            if pool.closed:
+                raise RPCClosed(f"the pool was closed while {op!r} was in flight to {address}") from error
+            if getattr(error, "nothing_sent", False) and not fresh:
+                continue  # it died while it was idle, and nothing of the request left
+            raise closed_error(op, address, error) from error
+        except BaseException:
+            pool.discard(comm)
+            raise
+        _give_back(pool, comm, close)
+        if isinstance(answer, _Failure):
+            raise answer.error
+        return answer
+
+
+class _Failure:
+    """An answer that says that the handler failed."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _give_back(pool: ConnectionPool, comm: BaseComm, close: bool) -> None:
+    if close:
+        pool.discard(comm)
+    else:
+        pool.release(comm)
+
+
+async def _plain_answer(comm: BaseComm, op: str, deserializers: Sequence[str] | None) -> Any:
+    found = await comm.next_head()
+    if found is None:
+        raise CommClosedError("it closed the comm without an answer")
+    head, frames = found
+    answer = head if frames is None else comm.resolve(frames, deserializers)
+    if type(answer) is dict and answer.get("status") == "uncaught-error":
+        return _Failure(exception_from_reply(answer, allow_pickle=comm.allows_pickle))
+    return answer
+
+
+async def _enveloped_answer(comm: BaseComm, op: str, deserializers: Sequence[str] | None) -> Any:
+    identity = comm.last_id
+    while True:
+        found = await comm.next_head()
+        if found is None:
+            raise CommClosedError("it closed the comm without an answer")
+        head, frames = found
+        message = head if frames is None else comm.resolve(frames, deserializers)
+        kind, of, value = parse_envelope(message)
+        if kind == GOODBYE and of < identity:
+            raise _NeverStarted
+        if of != identity:
+            if of < identity:
+                continue  # left over from an earlier request on this comm
+            raise RemoteProtocolError(f"an answer to request {of} while {identity} is the last")
+        if kind == REPLY:
+            return value
+        if kind == ERROR:
+            return _Failure(exception_from_value(value, allow_pickle=comm.allows_pickle))
+        if kind == PING:
+            await comm.write((PONG, identity, None))
+        elif kind != PONG:
+            raise RemoteProtocolError(f"an envelope of kind {kind} in answer to a call of {op!r} that takes one reply")
+
+
+async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, Any]) -> None:
+    """Have ``op`` run without an answer; returns when the request is with the kernel."""
+    if kwargs.pop("deserializers", None) is not None:
+        raise TypeError("deserializers= has no meaning where no answer comes")
+    close = kwargs.get("close", False)
+    await checkpoint_if_cancelled()
+    while True:
+        comm, fresh = await pool.acquire(address, op)
+        try:
+            await comm.write({"op": op, **kwargs, "reply": False}, on_error="raise")
+        except (SerializationError, UnsafePayload):
+            pool.release(comm)
+            raise
+        except (CommClosedError, trio.ClosedResourceError) as error:
+            pool.discard(comm)
+            if pool.closed:
+                raise RPCClosed(f"the pool was closed while {op!r} was sent to {address}") from error
+            if getattr(error, "nothing_sent", False) and not fresh:
+                continue
+            raise closed_error(op, address, error) from error
+        except BaseException:
+            pool.discard(comm)
+            raise
+        # The handler may run for long, and the next request on this comm would wait for it: use it last.
+        if close:
+            pool.discard(comm)
+        else:
+            pool.release(comm, last=True)
+        return
+
+
+def make_request(op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Check the keywords of a call."""
+    if not op or type(op) is not str:
+        raise TypeError(f"an op is a non-empty str, not {op!r}")
+    for name in ("op", "comm"):
+        if name in kwargs:
+            raise TypeError(f"{name!r} can't be an argument of a call: it has a meaning of its own")
+    return kwargs
+
+
+def closed_error(op: str, address: str, error: BaseException) -> CommClosedError:
+    """A CommClosedError that names what was being done."""
+    return CommClosedError(f"calling {op!r} at {address}: {error}")
+
+
+async def send_recv(
+    comm: Comm,
+    *,
+    op: str,
+    reply: bool = True,
+    close: bool = False,
+    serializers: Sequence[str] | None = None,
+    deserializers: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Make one plain request on a comm and return its answer (``distributed.core.send_recv``).
+
+    Args:
+        comm: from :func:`trio_dcore.connect`; nobody else may use it meanwhile.
+        op: the handler's name.
+        reply: False returns None at once, and the handler runs without an answer.
+        close: have the server close the connection after its answer.
+        serializers: families that the server may use for ``Serialize`` payloads of its answer.
+        deserializers: families accepted in ``Serialize`` payloads of the answer.
+        **kwargs: the handler's arguments.
+
+    Cancellation: closes the comm, which cancels the handler at a trio_dcore server.
+
+    Raises:
+        RemoteError: what the handler raised; the comm is usable.
+        CommClosedError: the comm ended or broke.
+        SerializationError, UnsafePayload: the request can't be sent, or the answer can't be read; the comm is usable.
+    """
+    if not isinstance(comm, BaseComm):
+        raise LocalProtocolError(f"send_recv() needs a comm from connect(), not {comm!r}")
+    request = {"op": op, **kwargs, "reply": reply}
+    if close:
+        request["close"] = True
+    if serializers is not None:
+        request["serializers"] = tuple(serializers)
+    answer = None
+    try:
+        await comm.write(request, on_error="raise")
+        if reply:
+            answer = await _plain_answer(comm, op, deserializers)
+    except (SerializationError, UnsafePayload):
+        raise
+    except (CommClosedError, trio.ClosedResourceError) as error:
+        comm.abort()
+        raise closed_error(op, comm.peer_address, error) from error
+    except BaseException:
+        comm.abort()
+        raise
+    if close:
+        await comm.aclose()
+    if isinstance(answer, _Failure):
+        raise answer.error
+    return answer

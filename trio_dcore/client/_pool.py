@@ -1,0 +1,273 @@
+"""The connection pool: comms that calls share, one call at a time.
+
+No state change is followed by an await before it is complete, so a call can be cancelled anywhere without a slot being lost; and a
+comm on which something was interrupted is closed, never used again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import trio
+
+from .._security import Security
+from ..abc import CommSettings
+from ..comm import BaseComm, coerce_to_address, connect_with
+from ..errors import CommClosedError, LimitExceeded, RPCClosed
+from ..protocol._limits import Limits
+from ._pool_policy import PoolPolicy, Slot, Waiter
+from ._rpc_call import PooledRPC
+
+__all__ = ["ConnectionPool"]
+
+_log = logging.getLogger("trio_dcore.client")
+
+# A call that has waited this long for a slot says so, once.
+_LOG_WAIT_AFTER = 5.0
+
+
+class ConnectionPool:
+    """Comms to any number of addresses, kept for the next call.
+
+    Args:
+        limit: how many comms may be open at once: in use, idle, or being connected.
+        security: whom to trust.
+        limits: what is accepted of peers; ``pool_wait`` and ``idle`` are the pool's own.
+        deserialize: False leaves ``Serialize`` payloads as ``Serialized`` objects.
+        timeout: seconds for connecting and handshake together; None for ever.
+        serializers: families for ``Serialize`` payloads.
+        deserializers: families accepted in ``Serialize`` payloads.
+
+    Making one neither connects nor needs a nursery.  ``pool(address).op(...)`` makes a call::
+
+        async with ConnectionPool() as pool:
+            await pool("tcp://127.0.0.1:8786").add(x=1, y=2)
+    """
+
+    def __init__(
+        self,
+        limit: int = 512,
+        *,
+        security: Security | None = None,
+        limits: Limits | None = None,
+        deserialize: bool = True,
+        timeout: float | None = 30.0,
+        serializers: Sequence[str] | None = None,
+        deserializers: Sequence[str] | None = None,
+    ) -> None:
+        if limit < 1:
+            raise ValueError(f"limit={limit!r}: a pool needs room for at least 1 comm")
+        self.timeout = timeout
+        self.settings = CommSettings(
+            security=security if security is not None else Security(),
+            limits=limits if limits is not None else Limits(),
+            deserialize=deserialize,
+            serializers=None if serializers is None else tuple(serializers),
+            deserializers=None if deserializers is None else tuple(deserializers),
+        )
+        self._policy = PoolPolicy(limit)
+        self._closed = False
+        self._removed: dict[Slot, str] = {}  # connecting slots whose address was removed meanwhile, and why
+
+    # -- use ---------------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, address: str | tuple[str, int]) -> PooledRPC:
+        """Calls to one address: ``pool(address).op(...)``."""
+        return PooledRPC(self, coerce_to_address(address))
+
+    @property
+    def limit(self) -> int:
+        """How many comms may be open at once."""
+        return self._policy.limit
+
+    @property
+    def open(self) -> int:
+        """How many comms are open, those being connected included."""
+        return self._policy.open
+
+    @property
+    def active(self) -> int:
+        """How many of them are in use or being connected."""
+        return len(self._policy.busy) + len(self._policy.connecting)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the pool has been closed."""
+        return self._closed
+
+    def collect(self) -> int:
+        """Close every idle comm and return how many there were.  Not a checkpoint."""
+        return self._abort_idle(list(self._policy.idle_since))
+
+    def remove(self, address: str, *, reason: str = "the address was removed") -> None:
+        """Close all comms to an address.  Calls on them, and calls that are connecting to it, get CommClosedError.
+
+        Not a checkpoint.  The address may be used again.
+        """
+        address = coerce_to_address(address)
+        policy = self._policy
+        self._abort_idle(list(policy.idle.get(address, ())))
+        for comm, slot in list(policy.busy.items()):
+            if slot.address == address:
+                policy.discard(comm)
+                comm.abort()
+        for slot in list(policy.connecting):
+            if slot.address == address:
+                self._removed[slot] = reason
+                slot.scope.cancel(reason=reason)
+
+    def close_now(self) -> None:
+        """Close every comm.  Calls that wait, connect or are in flight get RPCClosed.  Not a checkpoint; nothing is left to await."""
+        if self._closed:
+            return
+        self._closed = True
+        policy = self._policy
+        self._abort_idle(list(policy.idle_since))
+        for comm in list(policy.busy):
+            comm.abort()
+        policy.busy.clear()
+        for slot in policy.connecting:
+            slot.scope.cancel(reason="the pool was closed")
+        while policy.waiters:
+            policy.waiters.popleft().woken.set()
+
+    async def aclose(self) -> None:
+        """Close every comm, as :meth:`close_now`."""
+        self.close_now()
+        await trio.lowlevel.checkpoint()
+
+    async def close(self) -> None:
+        """Dask's name for :meth:`aclose`."""
+        await self.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close_now()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self.active} active, {self.open} open of {self.limit}"
+        return f"<ConnectionPool {state}>"
+
+    def _abort_idle(self, comms: Sequence[BaseComm]) -> int:
+        for comm in comms:
+            self._policy.forget_idle(comm)
+            comm.abort()
+        return len(comms)
+
+    # -- for calls ---------------------------------------------------------------------------------------------------------------
+
+    def reuse(self, address: str, op: str) -> BaseComm | None:
+        """An idle comm that lives, or None.  Not a checkpoint."""
+        if self._closed:
+            raise RPCClosed(f"{op!r} was called on a closed pool")
+        policy = self._policy
+        while (comm := policy.reuse(address, op)) is not None:
+            # Readable means ended, or a message that nobody asked for: either way not fit for the next call.
+            if not comm.stale():
+                return comm
+            policy.discard(comm)
+            comm.abort()
+        return None
+
+    async def acquire(self, address: str, op: str) -> tuple[BaseComm, bool]:
+        """A comm for one call: (the comm, whether it is fresh).
+
+        Cancellation: nothing is lost; a slot or comm that had been assigned goes to the next call.
+
+        Raises:
+            ConnectError, AddressError: no comm could be made.
+            CommClosedError: the address was removed meanwhile.
+            RPCClosed: the pool is closed, or was meanwhile.
+            LimitExceeded: no slot became free within ``Limits.pool_wait``.
+        """
+        comm = self.reuse(address, op)
+        if comm is not None:
+            return comm, False
+        policy = self._policy
+        idle = self.settings.limits.idle
+        if idle is not None:
+            for old in policy.expired(trio.current_time() - idle):
+                old.abort()
+        slot, evicted = policy.reserve(address, op)
+        if evicted is not None:
+            evicted.abort()
+        if slot is None:
+            waiter = await self._wait(address, op)
+            if waiter.comm is not None:
+                if not waiter.comm.stale():
+                    return waiter.comm, False
+                self.discard(waiter.comm)
+                return await self.acquire(address, op)
+            assert waiter.slot is not None
+            slot = waiter.slot
+        return await self._connect(slot), True
+
+    async def _connect(self, slot: Slot) -> BaseComm:
+        try:
+            with slot.scope:
+                comm = await connect_with(slot.address, self.settings, self.timeout)
+                self._policy.connected(slot, comm)
+                return comm
+        finally:
+            self._policy.cancel_connecting(slot)  # does nothing if it became a comm
+            reason = self._removed.pop(slot, None)
+        if self._closed:
+            raise RPCClosed(f"the pool was closed while {slot.op!r} connected to {slot.address}")
+        raise CommClosedError(f"{slot.op!r} was connecting to {slot.address}: {reason}")
+
+    async def _wait(self, address: str, op: str) -> Waiter:
+        policy = self._policy
+        waiter = Waiter(address, op)
+        policy.waiters.append(waiter)
+        patience = self.settings.limits.pool_wait
+        try:
+            with trio.move_on_after(math.inf if patience is None else patience):
+                with trio.move_on_after(_LOG_WAIT_AFTER):
+                    await waiter.woken.wait()
+                if not waiter.woken.is_set():
+                    _log.warning("%r has waited %s s for one of the pool's %d comms, %s", op, _LOG_WAIT_AFTER, self.limit, self._held())
+                    await waiter.woken.wait()
+        except BaseException:
+            comm = policy.give_up(waiter)
+            if comm is not None:
+                self.release(comm)
+            raise
+        if self._closed:
+            raise RPCClosed(f"the pool was closed while {op!r} waited for a comm")
+        if not waiter.woken.is_set():
+            policy.give_up(waiter)
+            assert patience is not None
+            raise LimitExceeded(
+                f"{op!r} got none of the pool's {self.limit} comms within {patience} s (Limits.pool_wait): {self._held()}; "
+                f"change it with ConnectionPool(limit=...) or rpc(limit=...)",
+                limit="limit",
+                value=self.limit,
+                seen=self.limit + len(policy.waiters) + 1,
+            )
+        return waiter
+
+    def _held(self) -> str:
+        holders = sorted(self._policy.holders().items(), key=lambda item: -item[1])
+        return "they are held by " + ", ".join(f"{op} ({count})" for op, count in holders[:10])
+
+    def release(self, comm: BaseComm, *, last: bool = False) -> None:
+        """A call is over and its comm may be used again.  Not a checkpoint."""
+        if comm.closed():
+            self.discard(comm)
+            return
+        refused = self._policy.release(comm, trio.current_time(), last=last)
+        if refused is not None:
+            refused.abort()
+
+    def discard(self, comm: BaseComm) -> None:
+        """A call is over and its comm must not be used again.  Not a checkpoint."""
+        self._policy.discard(comm)
+        comm.abort()

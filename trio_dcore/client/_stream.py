@@ -1,0 +1,248 @@
+"""Calls with many answers, and many arguments."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import trio
+from trio.lowlevel import checkpoint_if_cancelled
+
+from ..comm import BaseComm, Substream
+from ..errors import CommClosedError, LocalProtocolError, RemoteProtocolError, RPCClosed, ServerClosing
+from ..protocol._envelope import END, ERROR, GOODBYE, KEY, REPLY, Credit
+from ..protocol._remote_errors import exception_from_reply, exception_from_value
+from ._call import closed_error
+
+if TYPE_CHECKING:
+    from ._pool import ConnectionPool
+
+__all__ = ["RemoteStream"]
+
+
+class RemoteStream:
+    """The items of one streaming call; made by ``remote.op.stream(...)``.
+
+    ``async with`` opens it, ``async for`` or :meth:`receive` takes items.  Leaving the block before the end closes the comm, which
+    cancels the remote handler.  Between trio_dcore peers :meth:`send` gives the handler items, and both directions are bounded by
+    ``Limits.window``: a slow consumer slows the producer down.
+    """
+
+    def __init__(self, pool: ConnectionPool, address: str, op: str, kwargs: dict[str, Any]) -> None:
+        for name in ("reply", "close", "deserializers"):
+            if name in kwargs:
+                raise TypeError(f"{name!r} has no meaning for a stream")
+        self._pool = pool
+        self._address = address
+        self._op = op
+        self._kwargs = kwargs
+        self._comm: BaseComm | None = None
+        self._source: _Enveloped | _Plain | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        """Make the request.  Raises as a call does, but for what the handler raises: that comes with the items."""
+        if self._comm is not None or self._closed:
+            raise LocalProtocolError("a stream can be entered once; call .stream() again for another")
+        await checkpoint_if_cancelled()
+        pool = self._pool
+        while True:
+            comm, fresh = await pool.acquire(self._address, self._op)
+            try:
+                source: _Enveloped | _Plain = _Plain(comm) if comm.extension is None else _Enveloped(comm)
+                await comm.write(source.request(self._op, self._kwargs), on_error="raise")
+            except (CommClosedError, trio.ClosedResourceError) as error:
+                pool.discard(comm)
+                if getattr(error, "nothing_sent", False) and not fresh:
+                    continue
+                raise self._ended(error) from error
+            except BaseException:
+                pool.discard(comm)
+                raise
+            self._comm = comm
+            self._source = source
+            return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._close()
+
+    async def aclose(self) -> None:
+        """End the stream, as leaving the block does: if it had not ended, the remote handler is cancelled."""
+        self._close()
+        await trio.lowlevel.checkpoint()
+
+    def _close(self) -> None:
+        self._closed = True
+        comm, self._comm = self._comm, None
+        if comm is None:
+            return
+        assert self._source is not None
+        if self._source.reusable:
+            self._pool.release(comm)
+        else:
+            self._pool.discard(comm)
+
+    def _opened(self) -> _Enveloped | _Plain:
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed")
+        if self._source is None:
+            raise LocalProtocolError("open the stream first: `async with remote.op.stream(...) as stream:`")
+        return self._source
+
+    def _ended(self, error: BaseException) -> Exception:
+        if self._pool.closed:
+            return RPCClosed(f"the pool was closed while {self._op!r} was streaming from {self._address}")
+        return closed_error(self._op, self._address, error)
+
+    async def receive(self) -> Any:
+        """The next item.
+
+        Cancellation: no item is lost, unless the comm was in the middle of a message; then it is closed.
+
+        Raises:
+            trio.EndOfChannel: the stream has ended.
+            RemoteError: what the handler raised, after the items from before.
+            CommClosedError: the connection ended before the stream did.
+        """
+        source = self._opened()
+        try:
+            return await source.receive()
+        except (CommClosedError, trio.ClosedResourceError) as error:
+            raise self._ended(error) from error
+
+    async def send(self, value: Any) -> None:
+        """Give the handler an item; waits while more than ``Limits.window`` are on their way.
+
+        Cancellation: delivered before the first byte, or it closes the comm.
+
+        Raises:
+            CommClosedError: the handler takes no more, or the connection ended.
+            LocalProtocolError: the server is a stock Dask server, which has no such thing; or after :meth:`send_eof`.
+        """
+        source = self._opened()
+        try:
+            await source.send(value)
+        except (CommClosedError, trio.ClosedResourceError) as error:
+            raise self._ended(error) from error
+
+    async def send_eof(self) -> None:
+        """Say that no more items come from here; the other direction goes on."""
+        source = self._opened()
+        try:
+            await source.send_eof()
+        except (CommClosedError, trio.ClosedResourceError) as error:
+            raise self._ended(error) from error
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+
+    def __repr__(self) -> str:
+        return f"<stream of {self._op!r} at {self._address}>"
+
+
+class _Enveloped:
+    """A stream from a trio_dcore server."""
+
+    def __init__(self, comm: BaseComm) -> None:
+        extension = comm.extension
+        assert extension is not None
+        limits = comm.settings.limits
+        comm.last_id += 1
+        self._allow_pickle = comm.allows_pickle
+        self._sent_eof = False
+        self._substream = Substream(
+            comm,
+            comm.last_id,
+            credit=Credit(*extension.window),
+            window=Credit(limits.window, limits.window_bytes),
+            on_end=self._server_ended,
+        )
+
+    def request(self, op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"op": op, **kwargs, "reply": True, KEY: {"id": self._substream.id, "stream": True}}
+
+    def _server_ended(self, kind: int, value: object) -> Exception | None:
+        if kind in (END, REPLY):
+            return None
+        if kind == ERROR:
+            return exception_from_value(value, allow_pickle=self._allow_pickle)
+        if kind == GOODBYE:
+            return ServerClosing("the server is shutting down and did not start the stream")
+        return RemoteProtocolError("the server has ended the stream in a way that only clients may")
+
+    async def receive(self) -> Any:
+        return await self._substream.receive()
+
+    async def send(self, value: Any) -> None:
+        if self._sent_eof:
+            raise LocalProtocolError("send() after send_eof()")
+        await self._substream.send(value)
+
+    async def send_eof(self) -> None:
+        if not self._sent_eof:
+            self._sent_eof = True
+            await self._substream.send_end()
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the next request may follow: all was said, by both sides."""
+        return self._substream.ended and (self._substream.items_sent == 0 or self._sent_eof)
+
+
+class _Plain:
+    """A stream from a stock Dask server: bare messages until it closes the connection.
+
+    The request says ``reply: True, close: True``, so that a failed handler is told from one that ended, and the handler's return
+    value is the last message: None nearly always, and then not an item.
+    """
+
+    reusable = False
+
+    def __init__(self, comm: BaseComm) -> None:
+        self._comm = comm
+        self._held = False  # a None that is an item if something follows it
+        self._ready: deque[Any] = deque()
+        self._end: Exception | None = None
+
+    def request(self, op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"op": op, **kwargs, "reply": True, "close": True}
+
+    async def receive(self) -> Any:
+        while not self._ready:
+            if self._end is not None:
+                raise self._end
+            await self._read_one()
+        return self._ready.popleft()
+
+    async def _read_one(self) -> None:
+        comm = self._comm
+        found = await comm.next_head()
+        if found is None:
+            self._end = trio.EndOfChannel()
+            return
+        head, frames = found
+        message = head if frames is None else comm.resolve(frames)
+        if self._held:
+            self._held = False
+            self._ready.append(None)
+        if type(message) is dict and message.get("status") == "uncaught-error":
+            self._end = exception_from_reply(message, allow_pickle=comm.allows_pickle)
+        elif message is None:
+            self._held = True
+        else:
+            self._ready.append(message)
+
+    async def send(self, value: Any) -> None:
+        raise LocalProtocolError("a stock Dask server takes no items on a stream; use a raw comm from connect()")
+
+    async def send_eof(self) -> None:
+        await self.send(None)

@@ -1,0 +1,65 @@
+"""Comms: messages over TCP or inside one process, and how they are made.
+
+The only layer that opens sockets.  :func:`connect` makes comms, :func:`register_transport` adds schemes.
+"""
+
+from __future__ import annotations
+
+from ..abc import Comm, CommSettings, Listener, Peer, Transport
+from ._addressing import (
+    address_from_user_args,
+    coerce_to_address,
+    get_address_host,
+    get_address_host_port,
+    get_local_address_for,
+    listen_address,
+    normalize_address,
+    parse_address,
+    parse_host_port,
+    resolve_address,
+    unparse_address,
+    unparse_host_port,
+    uri_from_host_port,
+)
+from ._comm import BaseComm, FramedComm
+from ._connect import check_encryption, connect, connect_with
+from ._hangup import HangupWatcher
+from ._inproc import InprocComm
+from ._pumps import Pump, SocketPump, StreamPump
+from ._registry import get_transport, register_transport
+from ._substream import Substream, SubstreamComm
+
+__all__ = [
+    "BaseComm",
+    "Comm",
+    "CommSettings",
+    "FramedComm",
+    "HangupWatcher",
+    "InprocComm",
+    "Listener",
+    "Peer",
+    "Pump",
+    "SocketPump",
+    "StreamPump",
+    "Substream",
+    "SubstreamComm",
+    "Transport",
+    "address_from_user_args",
+    "check_encryption",
+    "coerce_to_address",
+    "connect",
+    "connect_with",
+    "get_address_host",
+    "get_address_host_port",
+    "get_local_address_for",
+    "get_transport",
+    "listen_address",
+    "normalize_address",
+    "parse_address",
+    "parse_host_port",
+    "register_transport",
+    "resolve_address",
+    "unparse_address",
+    "unparse_host_port",
+    "uri_from_host_port",
+]

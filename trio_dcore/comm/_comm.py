@@ -1,0 +1,481 @@
+"""Comms: messages over a pump.
+
+How a :class:`FramedComm` works
+-------------------------------
+Reading: ``_next_frames`` asks the parser for a whole message and the pump for more bytes until there is one.  Decoding has two
+phases: the *head* (frame 0 with its markers in place) is read first, so that a server can settle op, limits and trust before
+``resolve`` touches a payload.
+
+Writing: the message is encoded first, which may fail without harm.  Nearly always nobody else is in the middle of a write and the
+kernel takes all of it at once: one system call and no lock.  Only if the kernel takes less does the writer become the owner of the
+send lock, behind which others queue in order.
+
+A frame is atomic: whatever interrupts a write after its first byte, or a read inside a message, closes the comm.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import trio
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+
+from ..abc import Comm, CommSettings, Peer
+from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
+from ..protocol._context import Buffer, DecodeContext, EncodeContext
+from ..protocol._frames import FrameParser, join_small, pack_prelude, single_frame
+from ..protocol._handshake import Extension, local_handshake, negotiate
+from ..protocol._messages import Decoder, Encoder
+from ._pumps import YIELD_BYTES, Pump
+
+__all__ = ["BaseComm", "FramedComm"]
+
+# A read or write that needs no I/O lets other tasks run after this many messages.
+_YIELD_MESSAGES = 16
+
+
+class BaseComm(Comm):
+    """What servers and clients use of every comm, beyond the public interface.
+
+    Attributes:
+        extension: what the peer's handshake said of the wire extension; None for a stock Dask peer.
+        settings: what the comm was made with.
+        last_id: of the last opted-in request that was made on the comm; ids grow.
+        bytes_written, messages_read, messages_written: counters.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_local_address",
+        "_peer",
+        "bytes_written",
+        "extension",
+        "last_id",
+        "messages_read",
+        "messages_written",
+        "settings",
+    )
+
+    extension: Extension | None
+    #: Whether messages are the sender's own objects, which must not be changed.
+    by_reference: ClassVar[bool] = False
+
+    def __init__(self, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
+        self._local_address = local_address
+        self._peer = peer
+        self.settings = settings
+        self.extension = None
+        self.last_id = 0
+        self.bytes_written = self.messages_read = self.messages_written = 0
+
+    @property
+    def local_address(self) -> str:
+        return self._local_address
+
+    @property
+    def peer_address(self) -> str:
+        return self._peer.address
+
+    @property
+    def peer(self) -> Peer:
+        return self._peer
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes received; 0 where objects are passed without bytes."""
+        return 0
+
+    @property
+    def last_message_size(self) -> int:
+        """Bytes of the message that was read last, as its sender counted them; 0 where there are none."""
+        return 0
+
+    def allows_pickle(self) -> bool:
+        """Whether a pickle may come from, or go to, the peer.  May do I/O the first time."""
+        return self.settings.security.allows_pickle(self._peer)
+
+    @abstractmethod
+    async def handshake(self) -> None:
+        """Exchange handshakes.  The caller bounds the time and closes the comm if this fails."""
+
+    @abstractmethod
+    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+        """Phase one of a read: (message with its payload markers in place, what :meth:`resolve` needs), None at a clean end.
+
+        The second item is None where there is nothing to resolve: then the first is the whole message.
+        """
+
+    @abstractmethod
+    def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
+        """Phase two: decode the whole message, payloads included; ``deserializers`` replaces the comm's own for this message."""
+
+    @abstractmethod
+    def write_nowait(self, message: Any) -> bool:
+        """Send a message if that needs no wait at all; False if it would: then nothing was sent or the comm is closed.
+
+        Not a checkpoint.  Raises as :meth:`write` does.
+        """
+
+    @abstractmethod
+    def stale(self) -> bool:
+        """Whether an idle comm must not be used again: closed, ended, or with something to read that nobody asked for."""
+
+    @abstractmethod
+    def socket_fileno(self) -> int | None:
+        """The descriptor whose hang-up means that the peer has gone, or None where there is none."""
+
+    @abstractmethod
+    async def wait_incoming(self) -> bool:
+        """Wait until something more has come and return whether it was bytes (True) or the end (False).
+
+        What comes is kept for the next read.  For watchers, while nobody reads.
+        """
+
+    async def read(self) -> Any:
+        try:
+            found = await self.next_head()
+        except trio.ClosedResourceError as error:
+            raise CommClosedError(str(error)) from error
+        if found is None:
+            raise CommClosedError(f"{self.peer_address} closed the comm")
+        head, frames = found
+        return head if frames is None else self.resolve(frames)
+
+    async def receive(self) -> Any:
+        found = await self.next_head()
+        if found is None:
+            raise trio.EndOfChannel(f"{self.peer_address} closed the comm")
+        head, frames = found
+        return head if frames is None else self.resolve(frames)
+
+    def __repr__(self) -> str:
+        state = " closed" if self.closed() else ""
+        return f"<{type(self).__name__}{state} local={self._local_address} remote={self.peer_address}>"
+
+
+class FramedComm(BaseComm):
+    """A comm that speaks Dask's framing over a pump."""
+
+    __slots__ = (
+        "_closed",
+        "_decoder",
+        "_encoder",
+        "_encoder_raising",
+        "_ended",
+        "_parser",
+        "_pump",
+        "_reading",
+        "_send_lock",
+    )
+
+    def __init__(self, pump: Pump, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
+        super().__init__(local_address=local_address, peer=peer, settings=settings)
+        self._pump = pump
+        self._parser = FrameParser(settings.limits, self._is_trusted)
+        self._encoder = self._encoder_raising = Encoder(EncodeContext(allow_pickle=self.allows_pickle))
+        self._decoder = Decoder(self._decode_context())
+        self._send_lock: trio.StrictFIFOLock | None = None
+        self._reading = False
+        self._closed = ""  # why, once it is
+        self._ended = False  # the peer has ended its side cleanly
+
+    @property
+    def bytes_read(self) -> int:
+        return self._parser.total
+
+    @property
+    def last_message_size(self) -> int:
+        return self._parser.last_size
+
+    def socket_fileno(self) -> int | None:
+        return self._pump.fileno()
+
+    # -- trust ------------------------------------------------------------------------------------------------------------------
+
+    def _is_trusted(self) -> bool:
+        return self._peer.trusted
+
+    def _max_message(self) -> int | None:
+        limits = self.settings.limits
+        return limits.message_trusted if self._peer.trusted else limits.message
+
+    def _max_head(self) -> int | None:
+        limits = self.settings.limits
+        return limits.head_trusted if self._peer.trusted else limits.head
+
+    def _decode_context(self) -> DecodeContext:
+        settings = self.settings
+        return DecodeContext(
+            allow_pickle=self.allows_pickle,
+            deserializers=settings.deserializers,
+            deserialize=settings.deserialize,
+            enum_modules=settings.security.enum_modules,
+            max_message=self._max_message,
+            max_head=self._max_head,
+        )
+
+    # -- handshake --------------------------------------------------------------------------------------------------------------
+
+    async def handshake(self) -> None:
+        limits = self.settings.limits
+        local = local_handshake(compression=None, window=(limits.window, limits.window_bytes))
+        # Each side writes first and then reads (wire document, section 3); neither waits for the other.
+        await self._transmit(self._encoder.encode(local))
+        frames = await self._next_frames()
+        if frames is None:
+            raise CommClosedError(f"{self.peer_address} closed the comm during the handshake")
+        try:
+            # Phase one only: a payload in a handshake is never touched, whoever sent it.
+            negotiated = negotiate(local, self._decoder.head(frames[0]))
+        except RemoteProtocolError:
+            self._doom("bad handshake")
+            raise
+        self.extension = negotiated.extension
+        extensions = negotiated.extension is not None
+        contexts = [
+            EncodeContext(
+                allow_pickle=self.allows_pickle,
+                pickle_protocol=negotiated.pickle_protocol,
+                compression=negotiated.compression,
+                serializers=self.settings.serializers,
+                extensions=extensions,
+                on_error=on_error,
+            )
+            for on_error in ("message", "raise")
+        ]
+        self._encoder, self._encoder_raising = map(Encoder, contexts)
+        self._decoder = Decoder(self._decode_context(), extensions=extensions)
+        if not extensions and limits.tcp_user_timeout is not None:
+            # It would kill a live peer that merely isn't reading, so between trio_dcore peers a ping finds the dead ones.
+            self._pump.set_user_timeout(limits.tcp_user_timeout)
+
+    # -- reading ----------------------------------------------------------------------------------------------------------------
+
+    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+        frames = await self._next_frames()
+        if frames is None:
+            return None
+        decoder = self._decoder
+        head = decoder.head(frames[0])
+        return head, frames if decoder.has_markers(frames) else None
+
+    def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
+        decoder = self._decoder
+        if deserializers is not None:
+            context = replace(self._decode_context(), deserializers=tuple(deserializers))
+            decoder = Decoder(context, extensions=self.extension is not None)
+        return decoder.resolve(frames)
+
+    async def _next_frames(self) -> list[Buffer] | None:
+        """The next message's frames; None at a clean end."""
+        if self._reading:
+            raise trio.BusyResourceError("another task is reading this comm")
+        await checkpoint_if_cancelled()
+        if self._closed:
+            raise self._closed_error()
+        parser = self._parser
+        pump = self._pump
+        self._reading = True
+        try:
+            while (frames := parser.next_message()) is None:
+                if self._ended or not await pump.fill(parser):
+                    self._ended = True
+                    if parser.mid_message:
+                        raise CommClosedError(f"{self.peer_address} closed the comm in the middle of a message")
+                    return None
+            pump.unwaited += 1
+            if pump.unwaited >= _YIELD_MESSAGES:
+                pump.unwaited = 0
+                await cancel_shielded_checkpoint()
+        except (RemoteProtocolError, LimitExceeded) as error:
+            self._doom(f"what came from {self.peer_address} is not acceptable: {error}")
+            raise
+        except trio.ClosedResourceError:
+            raise self._closed_error() from None
+        except (OSError, trio.BrokenResourceError) as error:
+            if isinstance(error, CommClosedError):
+                self._doom(str(error))
+                raise
+            self._doom(f"reading from {self.peer_address} failed: {error}")
+            raise self._closed_error() from error
+        except BaseException:
+            if parser.mid_message:
+                self._doom("a read was interrupted in the middle of a message")
+            raise
+        finally:
+            self._reading = False
+        self.messages_read += 1
+        return frames
+
+    async def wait_incoming(self) -> bool:
+        if self._reading:
+            raise trio.BusyResourceError("another task is reading this comm")
+        self._reading = True
+        try:
+            return await self._pump.fill(self._parser)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            return False  # broken or closed: the next read says how
+        finally:
+            self._reading = False
+
+    # -- writing ----------------------------------------------------------------------------------------------------------------
+
+    async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
+        try:
+            return await self._transmit(self._encode(message, on_error, serializers))
+        except trio.ClosedResourceError as error:
+            raise CommClosedError(str(error)) from error
+
+    async def send(self, value: Any) -> None:
+        await self._transmit(self._encoder.encode(value))
+
+    def _encode(self, message: Any, on_error: str | None, serializers: Sequence[str] | None) -> list[Buffer]:
+        encoder = self._encoder_raising if on_error == "raise" else self._encoder
+        if serializers is not None:
+            encoder = Encoder(replace(encoder.ctx, serializers=tuple(serializers)))
+        return encoder.encode(message)
+
+    async def _transmit(self, frames: list[Buffer]) -> int:
+        await checkpoint_if_cancelled()
+        if self._closed:
+            raise self._closed_error()
+        if len(frames) == 1:
+            data = single_frame(frames[0])
+            size = len(data)
+            pump = self._pump
+            if self._send_lock is None or not self._send_lock.locked():
+                try:
+                    sent = pump.try_send(data)
+                except OSError as error:
+                    failed = self._write_failed(error)
+                    if isinstance(failed, CommClosedError):
+                        failed.nothing_sent = True
+                    raise failed from error
+                if sent == size:
+                    self.messages_written += 1
+                    self.bytes_written += size
+                    pump.unwaited += 1
+                    if pump.unwaited >= _YIELD_MESSAGES or size >= YIELD_BYTES:
+                        pump.unwaited = 0
+                        await cancel_shielded_checkpoint()
+                    return size
+            else:
+                sent = 0
+            buffers: list[Buffer] = [data]
+        else:
+            buffers = join_small(pack_prelude(frames), frames)
+            size = sum(map(len, buffers))
+            sent = 0
+        await self._transmit_slowly(buffers, sent)
+        self.messages_written += 1
+        self.bytes_written += size
+        return size
+
+    async def _transmit_slowly(self, buffers: list[Buffer], sent: int) -> None:
+        """Send the rest of a message, in turn."""
+        lock = self._send_lock
+        if lock is None:
+            lock = self._send_lock = trio.StrictFIFOLock()
+        if sent or not lock.locked():
+            lock.acquire_nowait()  # never contended: a first part is only sent while nobody holds it
+        else:
+            await lock.acquire()
+        try:
+            if self._closed:
+                raise self._closed_error()
+            await self._pump.send(buffers, sent)
+        except trio.ClosedResourceError:
+            raise self._closed_error() from None
+        except (OSError, trio.BrokenResourceError) as error:
+            raise self._write_failed(error) from error
+        except BaseException:
+            if self._pump.partial:
+                self._doom("a write was interrupted in the middle of a message")
+            raise
+        finally:
+            lock.release()
+
+    def write_nowait(self, message: Any) -> bool:
+        if self._closed:
+            raise CommClosedError(self._closed)
+        if self._send_lock is not None and self._send_lock.locked():
+            return False
+        frames = self._encoder.encode(message)
+        data = single_frame(frames[0]) if len(frames) == 1 else b"".join((pack_prelude(frames), *frames))
+        try:
+            sent = self._pump.try_send(data)
+        except OSError as error:
+            raise self._write_failed(error) from error
+        if sent == len(data):
+            self.messages_written += 1
+            self.bytes_written += sent
+            return True
+        if sent:
+            self._doom("a last message did not fit the send buffer")
+        return False
+
+    def _write_failed(self, error: BaseException) -> Exception:
+        self._doom(f"writing to {self.peer_address} failed: {error}")
+        return self._closed_error()
+
+    # -- closing ----------------------------------------------------------------------------------------------------------------
+
+    def _doom(self, why: str) -> None:
+        """Close at once because the comm can't be used any more."""
+        if not self._closed:
+            self._closed = why
+            self._pump.abort()
+
+    def _closed_error(self) -> Exception:
+        if self._closed in ("", _CLOSED_HERE):
+            return trio.ClosedResourceError(_CLOSED_HERE)
+        return CommClosedError(self._closed)
+
+    def abort(self) -> None:
+        self._doom(_CLOSED_HERE)
+
+    async def aclose(self) -> None:
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        lock = self._send_lock
+        if lock is not None and lock.locked():
+            # Somebody is in the middle of a message: let it out, for a while.
+            try:
+                with trio.move_on_after(self.settings.limits.linger):
+                    await lock.acquire()
+                    lock.release()
+            except BaseException:
+                self.abort()
+                raise
+            if self._closed or lock.locked():
+                self.abort()
+                await trio.lowlevel.checkpoint()
+                return
+        self._closed = _CLOSED_HERE
+        with self._bounded_close():
+            await self._pump.aclose()
+
+    @contextmanager
+    def _bounded_close(self) -> Iterator[None]:
+        """A polite close may involve the peer (TLS does); it gets ``Limits.linger`` seconds and then ends anyway."""
+        try:
+            with trio.move_on_after(self.settings.limits.linger):
+                yield
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer was gone already: closed is closed
+        finally:
+            self._pump.abort()
+
+    def closed(self) -> bool:
+        return bool(self._closed) or self._ended
+
+    def stale(self) -> bool:
+        return bool(self._closed) or self._ended or self._parser.buffered > 0 or self._pump.readable()
+
+
+_CLOSED_HERE = "this comm was closed here"

@@ -1,0 +1,115 @@
+"""connect(): one comm to one address, with retries, back-off and one timeout for all of it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import trio
+
+from ..abc import Comm, CommSettings
+from .._security import Security
+from ..errors import AddressError, CommClosedError, ConnectError, LimitExceeded, LocalProtocolError, RemoteProtocolError
+from ..protocol._limits import Limits
+from ._addressing import normalize_address, parse_address
+from ._comm import BaseComm
+from ._registry import get_transport
+
+__all__ = ["check_encryption", "connect", "connect_with"]
+
+# The longest pause before the k-th attempt is 10 ms · 2^k, as in distributed.comm.core.connect.
+_FIRST_PAUSE = 0.01
+
+
+async def connect(
+    address: str,
+    *,
+    security: Security | None = None,
+    limits: Limits | None = None,
+    deserialize: bool = True,
+    timeout: float | None = 30.0,
+    serializers: Sequence[str] | None = None,
+    deserializers: Sequence[str] | None = None,
+) -> Comm:
+    """Connect to an address and exchange handshakes.
+
+    Args:
+        address: e.g. ``"tcp://127.0.0.1:8786"``; without a scheme it is ``tcp://``.
+        security: whom to trust; the default trusts this process and this machine's loopback interface.
+        limits: what is accepted of the peer.
+        deserialize: False leaves ``Serialize`` payloads as ``Serialized`` objects, to be passed on unchanged.
+        timeout: seconds for connecting *and* the handshake, all attempts together; None for ever.
+        serializers: families for ``Serialize`` payloads, in order of preference; default ``("dask", "pickle")``.
+        deserializers: families accepted in ``Serialize`` payloads; default all.
+
+    An attempt that fails is repeated after a random pause of up to 10 ms · 2^k until the time is up (as
+    ``distributed.comm.core.connect``).  A handshake that fails or takes longer than ``Limits.handshake_timeout`` is not repeated.
+
+    Cancellation: leaves nothing behind.
+
+    Raises:
+        ConnectError: no comm could be made in time; ``__cause__`` is the last attempt's error.
+        AddressError: the address is no address.
+        LocalProtocolError: the address and the settings contradict each other.
+    """
+    settings = CommSettings(
+        security=security if security is not None else Security(),
+        limits=limits if limits is not None else Limits(),
+        deserialize=deserialize,
+        serializers=None if serializers is None else tuple(serializers),
+        deserializers=None if deserializers is None else tuple(deserializers),
+    )
+    return await connect_with(normalize_address(address), settings, timeout)
+
+
+def check_encryption(scheme: str, settings: CommSettings) -> None:
+    """Refuse a scheme that isn't encrypted where encryption is required."""
+    if settings.security.require_encryption and not get_transport(scheme).encrypted:
+        raise LocalProtocolError(f"{scheme}:// isn't encrypted, and Security(require_encryption=True) is set")
+
+
+async def connect_with(address: str, settings: CommSettings, timeout: float | None) -> BaseComm:
+    """:func:`connect` for a normalized address and settings made once."""
+    scheme, location = parse_address(address)
+    check_encryption(scheme, settings)
+    transport = get_transport(scheme)
+    last_error: Exception | None = None
+    attempt = 0
+    with trio.CancelScope(deadline=math.inf if timeout is None else trio.current_time() + timeout):
+        while True:
+            # A first attempt that hangs (a lost SYN) must not use up all the time (as Dask's connect).
+            patience = timeout / 5 if attempt == 0 and timeout is not None else math.inf
+            comm = None
+            try:
+                with trio.move_on_after(patience):
+                    comm = await transport.connect(location, settings)
+            except AddressError:
+                raise
+            except OSError as error:
+                last_error = error
+            if comm is not None:
+                assert isinstance(comm, BaseComm)
+                return await _handshake(comm, address)
+            if last_error is None:
+                last_error = TimeoutError(f"no answer within {patience:.3g} s")
+            attempt += 1
+            await trio.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** min(attempt, 10)))
+    raise ConnectError(f"could not connect to {address} within {timeout} s: {last_error or 'no answer'}") from last_error
+
+
+async def _handshake(comm: BaseComm, address: str) -> BaseComm:
+    patience = comm.settings.limits.handshake_timeout
+    try:
+        with trio.move_on_after(math.inf if patience is None else patience):
+            await comm.handshake()
+            return comm
+    except (CommClosedError, RemoteProtocolError, LimitExceeded) as error:
+        comm.abort()
+        raise ConnectError(f"could not connect to {address}: the handshake failed: {error}") from error
+    except BaseException:
+        comm.abort()
+        raise
+    comm.abort()
+    silence = TimeoutError("the peer accepted the connection and stayed silent")
+    raise ConnectError(f"could not connect to {address}: no handshake within {patience} s (Limits.handshake_timeout)") from silence

@@ -1,0 +1,55 @@
+"""Noticing that a peer has gone, for nothing on the path of a call.
+
+On Linux one epoll set per server holds every connection's socket, registered once for EPOLLRDHUP and nothing else.  It is itself
+one descriptor that a single task waits for, so a peer that closes is noticed while its handler runs, without reading from the
+socket, also behind a request that was pipelined.  Elsewhere, and on streams without a socket, a task watches while a handler waits
+(:meth:`~trio_dcore.comm.BaseComm.wait_incoming`).
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+from collections.abc import Callable
+
+import trio
+
+__all__ = ["HangupWatcher"]
+
+
+class HangupWatcher:
+    """Calls back, once, when the other end of a socket has closed or reset it."""
+
+    def __init__(self) -> None:
+        if sys.platform != "linux":  # pragma: no cover
+            raise RuntimeError("EPOLLRDHUP is Linux's")
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+
+    def watch(self, fileno: int, callback: Callable[[], None]) -> None:
+        """Start watching a connected socket."""
+        self._epoll.register(fileno, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        self._callbacks[fileno] = callback
+
+    def forget(self, fileno: int, callback: Callable[[], None]) -> None:
+        """Stop watching.  The callback names the watch: by now the number may belong to another connection."""
+        if self._callbacks.get(fileno) == callback:
+            del self._callbacks[fileno]
+            try:
+                self._epoll.unregister(fileno)
+            except OSError:
+                pass  # the socket was closed before, which took it out of the set
+
+    async def run(self) -> None:
+        """Deliver the callbacks, until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            for fileno, _events in self._epoll.poll(0, 64):
+                callback = self._callbacks.get(fileno)
+                if callback is not None:
+                    callback()
+
+    def close(self) -> None:
+        """Free the epoll set."""
+        trio.lowlevel.notify_closing(self._epoll.fileno())
+        self._epoll.close()

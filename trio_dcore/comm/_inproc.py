@@ -1,0 +1,269 @@
+"""``inproc://``: comms inside one trio run.  Objects are passed, not bytes; lists stay lists.
+
+Only the wrappers ``Serialize``, ``ToPickle`` and the like are taken off, as Dask does.  Back-pressure is a count of messages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import trio
+from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_cancelled
+
+from ..abc import CommSettings, Listener, Peer, Transport
+from ..errors import AddressError, CommClosedError
+from ..protocol._context import Buffer, DecodeContext
+from ..protocol._families import deserialize
+from ..protocol._handshake import Extension
+from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
+from ._comm import BaseComm
+
+__all__ = ["InprocComm", "InprocTransport"]
+
+# Messages that may be on their way in one direction; a further write waits.
+_CAPACITY = 16
+_YIELD_MESSAGES = 16
+_BACKLOG = 2048
+
+# Addresses are names within one run: two runs, in two threads or one after the other, don't see each other.
+_listeners: trio.lowlevel.RunVar[dict[str, InprocListener]] = trio.lowlevel.RunVar("trio_dcore.inproc")
+_numbers = itertools.count(1)
+
+
+def _registry() -> dict[str, InprocListener]:
+    try:
+        return _listeners.get()
+    except LookupError:
+        fresh: dict[str, InprocListener] = {}
+        _listeners.set(fresh)
+        return fresh
+
+
+def _new_location() -> str:
+    return f"127.0.0.1/{os.getpid()}/{next(_numbers)}"
+
+
+def _same_process() -> tuple[bool, str]:
+    return True, "it is in this process"
+
+
+class InprocComm(BaseComm):
+    """One end of a pair."""
+
+    __slots__ = ("_closed", "_inbox", "_other", "_peer_closed", "_reading", "_unwaited", "_wake_reader", "_wake_writers", "on_hangup")
+
+    by_reference = True
+
+    def __init__(self, local: str, remote: str, settings: CommSettings) -> None:
+        peer = Peer(remote, "inproc", uid=_uid(), pid=os.getpid(), verify=_same_process)
+        super().__init__(local_address=local, peer=peer, settings=settings)
+        self._other: InprocComm = self
+        self._inbox: deque[Any] = deque()
+        self._wake_reader = ParkingLot()
+        self._wake_writers = ParkingLot()
+        self._reading = False
+        self._closed = False
+        self._peer_closed = False
+        self._unwaited = 0
+        #: Called when the other end is closed.
+        self.on_hangup: Callable[[], None] | None = None
+
+    async def handshake(self) -> None:
+        limits = self._other.settings.limits
+        self.extension = Extension(
+            version=1, features=frozenset({"calls", "streams"}), window=(limits.window, limits.window_bytes)
+        )
+        await trio.lowlevel.checkpoint()
+
+    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+        if self._reading:
+            raise trio.BusyResourceError("another task is reading this comm")
+        await checkpoint_if_cancelled()
+        self._reading = True
+        try:
+            while not self._inbox:
+                if self._closed:
+                    raise trio.ClosedResourceError("this comm was closed here")
+                if self._peer_closed:
+                    return None
+                self._unwaited = 0
+                await self._wake_reader.park()
+        finally:
+            self._reading = False
+        if self._closed:
+            raise trio.ClosedResourceError("this comm was closed here")
+        message = self._inbox.popleft()
+        self._other._wake_writers.unpark()
+        self.messages_read += 1
+        await self._yield_sometimes()
+        return (self._unwrap(message) if self.settings.deserialize else message), None
+
+    def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
+        raise AssertionError("inproc messages have no payload frames")  # pragma: no cover - next_head never gives any
+
+    async def wait_incoming(self) -> bool:
+        # The end is told through on_hangup; this only has to notice it for watchers that don't use that.
+        while not self._inbox and not self._peer_closed and not self._closed:
+            await self._wake_reader.park()
+        return bool(self._inbox)
+
+    async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
+        try:
+            await self.send(message)
+        except trio.ClosedResourceError as error:
+            raise CommClosedError(str(error)) from error
+        return 1  # as Dask: there are no bytes to count
+
+    async def send(self, value: Any) -> None:
+        await checkpoint_if_cancelled()
+        while True:
+            self._check_writable()
+            if len(self._other._inbox) < _CAPACITY:
+                break
+            self._unwaited = 0
+            await self._wake_writers.park()
+        self._put(value)
+        await self._yield_sometimes()
+
+    def write_nowait(self, message: Any) -> bool:
+        self._check_writable()
+        if len(self._other._inbox) >= _CAPACITY:
+            return False
+        self._put(message)
+        return True
+
+    def _check_writable(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError("this comm was closed here")
+        if self._peer_closed:
+            raise CommClosedError(f"{self.peer_address} closed the comm")
+
+    def _put(self, message: Any) -> None:
+        self._other._inbox.append(message)
+        self._other._wake_reader.unpark_all()
+        self.messages_written += 1
+
+    async def _yield_sometimes(self) -> None:
+        self._unwaited += 1
+        if self._unwaited >= _YIELD_MESSAGES:
+            self._unwaited = 0
+            await cancel_shielded_checkpoint()
+
+    def _unwrap(self, message: Any) -> Any:
+        """Take the wrappers off; the object itself is returned where there are none."""
+        kind = type(message)
+        if kind is dict:
+            changed = {key: new for key, value in message.items() if (new := self._unwrap(value)) is not value}
+            return {**message, **changed} if changed else message
+        if kind is list or kind is tuple:
+            items = [self._unwrap(value) for value in message]
+            return kind(items) if any(new is not old for new, old in zip(items, message, strict=True)) else message
+        if kind is Serialize or kind is ToPickle:
+            return message.data
+        if kind is Serialized or kind is Pickled:
+            return deserialize(message.header, message.frames, DecodeContext(allow_pickle=lambda: message.trusted))
+        return message
+
+    def abort(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._inbox.clear()
+        other = self._other
+        other._peer_closed = True
+        for comm in (self, other):
+            comm._wake_reader.unpark_all()
+            comm._wake_writers.unpark_all()
+        if other.on_hangup is not None:
+            other.on_hangup()
+
+    async def aclose(self) -> None:
+        self.abort()
+        await trio.lowlevel.checkpoint()
+
+    def closed(self) -> bool:
+        return self._closed or (self._peer_closed and not self._inbox)
+
+    def stale(self) -> bool:
+        return self._closed or self._peer_closed or bool(self._inbox)
+
+    def socket_fileno(self) -> int | None:
+        return None
+
+
+def _uid() -> int | None:
+    return os.getuid() if hasattr(os, "getuid") else None
+
+
+class InprocListener(Listener):
+    """Listens on a name."""
+
+    def __init__(self, location: str, settings: CommSettings) -> None:
+        self._location = location
+        self._settings = settings
+        self._waiting: deque[InprocComm] = deque()
+        self._wake = ParkingLot()
+        self._closed = False
+
+    @property
+    def listen_address(self) -> str:
+        return f"inproc://{self._location}"
+
+    @property
+    def contact_address(self) -> str:
+        return self.listen_address
+
+    async def accept(self) -> InprocComm:
+        await checkpoint_if_cancelled()
+        while not self._waiting:
+            if self._closed:
+                raise trio.ClosedResourceError("this listener was closed")
+            await self._wake.park()
+        return self._waiting.popleft()
+
+    def connect(self, settings: CommSettings) -> InprocComm:
+        if len(self._waiting) >= _BACKLOG:
+            raise ConnectionRefusedError(f"{self.listen_address} has {_BACKLOG} connections that it didn't accept")
+        client_address = f"inproc://{_new_location()}"
+        client = InprocComm(client_address, self.listen_address, settings)
+        server = InprocComm(self.listen_address, client_address, self._settings)
+        client._other, server._other = server, client
+        self._waiting.append(server)
+        self._wake.unpark()
+        return client
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        del _registry()[self._location]
+        self._wake.unpark_all()
+        while self._waiting:
+            self._waiting.popleft().abort()
+
+
+class InprocTransport(Transport):
+    """Within one trio run.  ``inproc://`` alone makes a new name."""
+
+    scheme = "inproc"
+    encrypted = True  # nothing leaves the process
+
+    async def connect(self, location: str, settings: CommSettings) -> InprocComm:
+        await trio.lowlevel.checkpoint()
+        listener = _registry().get(location)
+        if listener is None:
+            raise ConnectionRefusedError(f"nobody listens on inproc://{location} in this trio run")
+        return listener.connect(settings)
+
+    async def listen(self, location: str, settings: CommSettings) -> list[Listener]:
+        await trio.lowlevel.checkpoint()
+        location = location or _new_location()
+        registry = _registry()
+        if location in registry:
+            raise AddressError(f"inproc://{location} is taken in this trio run")
+        listener = registry[location] = InprocListener(location, settings)
+        return [listener]

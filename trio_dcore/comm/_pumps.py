@@ -1,0 +1,267 @@
+"""Pumps: bytes between a parser and the operating system, or any :class:`trio.abc.Stream`.
+
+A comm drives one pump.  :class:`SocketPump` works on a bare non-blocking socket with nothing but trio's public
+``wait_readable`` and ``wait_writable``: it waits only when the kernel says so, which saves the two checkpoints a round trip that
+``trio.SocketStream`` spends.  :class:`StreamPump` serves everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import trio
+from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
+
+from ..protocol._context import Buffer
+from ..protocol._frames import FrameParser
+from ..protocol._limits import KiB, MiB
+
+_log = logging.getLogger("trio_dcore.comm")
+
+__all__ = ["Pump", "SocketPump", "StreamPump"]
+
+# A small first read is measurably cheaper than a large one: CPython allocates the whole buffer and then shrinks it.
+_SMALL_READ = 4 * KiB
+_LARGE_READ = 64 * KiB
+# Reads and writes that need no wait let other tasks run after this many bytes (architecture: every 16 messages or 64 KiB).
+YIELD_BYTES = 64 * KiB
+# One call never takes more than this, so that other tasks are not held up while the kernel copies.
+_MOST_AT_ONCE = 4 * MiB
+_MOST_BUFFERS = 512  # below every system's IOV_MAX
+
+
+class Pump(ABC):
+    """The byte side of a comm.  One task fills and one sends at a time; the comm sees to that.
+
+    Attributes:
+        unwaited: messages that the comm read or wrote since this pump last waited, and so let other tasks run; the comm counts,
+            the pump clears.
+        partial: whether the last :meth:`send` got part of its bytes out before it failed.
+    """
+
+    __slots__ = ("partial", "unwaited")
+
+    def __init__(self) -> None:
+        self.unwaited = 0
+        self.partial = False
+
+    @abstractmethod
+    async def fill(self, parser: FrameParser) -> bool:
+        """Wait for bytes and give them to the parser; False at the end of the stream.
+
+        Cancellation: nothing is lost; what had come is in the parser.
+        """
+
+    @abstractmethod
+    def try_send(self, data: bytes) -> int:
+        """Send what can be sent without waiting and return its size, maybe 0.  Not a checkpoint."""
+
+    @abstractmethod
+    async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
+        """Send the buffers but for the first ``skip`` bytes of the first of them.
+
+        Cancellation: some bytes may have gone (see ``partial``), and then the stream is of no use any more.
+        """
+
+    @abstractmethod
+    def readable(self) -> bool:
+        """Whether bytes or the end of the stream could be read now, as far as that can be told without waiting."""
+
+    @abstractmethod
+    def fileno(self) -> int | None:
+        """The socket's descriptor, or None if there is none."""
+
+    def set_user_timeout(self, seconds: float) -> None:
+        """Have the system end the connection when what was sent stays unacknowledged for so long, if it can."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close at once.  Does nothing the second time."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close; the peer reads all that was sent and then the end.  Closes also when cancelled."""
+
+
+class SocketPump(Pump):
+    """A pump on a bare, connected, non-blocking stream socket, which it owns."""
+
+    __slots__ = ("_recv", "_send", "_since_wait", "_size", "socket")
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
+        sock.setblocking(False)
+        self.socket = sock
+        self._recv = sock.recv
+        self._send = sock.send
+        self._size = _SMALL_READ
+        self._since_wait = 0
+
+    async def fill(self, parser: FrameParser) -> bool:
+        target = parser.want()
+        while True:
+            try:
+                if target is None:
+                    data = self._recv(self._size)
+                    received = len(data)
+                    parser.feed(data)
+                    # A full buffer means that more is waiting: read more at once next time.
+                    self._size = _LARGE_READ if received == self._size else _SMALL_READ
+                else:
+                    received = self.socket.recv_into(target, min(len(target), _MOST_AT_ONCE))
+                    parser.filled(received)
+                break
+            except BlockingIOError:
+                self._since_wait = self.unwaited = 0
+                await wait_readable(self.socket)
+        self._since_wait += received
+        if self._since_wait >= YIELD_BYTES:
+            self._since_wait = 0
+            await cancel_shielded_checkpoint()
+        return received > 0
+
+    def try_send(self, data: bytes) -> int:
+        try:
+            return self._send(data)
+        except BlockingIOError:
+            return 0
+
+    async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
+        views = [memoryview(buffer) for buffer in buffers]
+        views[0] = views[0][skip:]
+        first = 0
+        since_wait = 0
+        self.partial = skip > 0
+        while first < len(views):
+            try:
+                if len(views) - first == 1:
+                    sent = self._send(views[first][:_MOST_AT_ONCE])
+                else:
+                    sent = self.socket.sendmsg(views[first : first + _MOST_BUFFERS])
+            except BlockingIOError:
+                since_wait = self.unwaited = 0
+                await wait_writable(self.socket)
+                continue
+            self.partial = True
+            since_wait += sent
+            while first < len(views) and sent >= len(views[first]):
+                sent -= len(views[first])
+                first += 1
+            if sent:
+                views[first] = views[first][sent:]
+            if since_wait >= YIELD_BYTES and first < len(views):
+                # Not cancelled out of a frame for nothing: cancellation is delivered where the kernel makes us wait.
+                since_wait = 0
+                await cancel_shielded_checkpoint()
+
+    def fileno(self) -> int | None:
+        return self.socket.fileno()
+
+    def set_user_timeout(self, seconds: float) -> None:
+        option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+        if option is not None and self.socket.family in (socket.AF_INET, socket.AF_INET6):
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
+
+    def readable(self) -> bool:
+        try:
+            self._recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def abort(self) -> None:
+        sock = self.socket
+        if sock.fileno() == -1:
+            return
+        trio.lowlevel.notify_closing(sock)
+        try:
+            # After a fork another process may hold the descriptor; close() alone would then leave the peer waiting.
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster; the close below is what counts
+        sock.close()
+
+    async def aclose(self) -> None:
+        # All that was accepted for sending is with the kernel, which delivers it after the close.
+        self.abort()
+        await cancel_shielded_checkpoint()
+
+
+class StreamPump(Pump):
+    """A pump on any trio stream."""
+
+    __slots__ = ("_closed", "stream")
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        super().__init__()
+        self.stream = stream
+        self._closed = False
+
+    async def fill(self, parser: FrameParser) -> bool:
+        self.unwaited = 0
+        data = await self.stream.receive_some(_LARGE_READ)
+        if type(data) is not bytes:
+            data = bytes(data)
+        parser.feed(data)
+        return bool(data)
+
+    def try_send(self, data: bytes) -> int:
+        return 0
+
+    async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
+        self.unwaited = 0
+        self.partial = True  # a trio stream doesn't say how much of an interrupted send_all has gone
+        for buffer in buffers:
+            await self.stream.send_all(memoryview(buffer)[skip:])
+            skip = 0
+
+    def fileno(self) -> int | None:
+        stream = self.stream
+        if isinstance(stream, trio.SSLStream):
+            stream = stream.transport_stream
+        return stream.socket.fileno() if isinstance(stream, trio.SocketStream) else None
+
+    def readable(self) -> bool:
+        return False
+
+    def abort(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _close_now(self.stream)
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await self.stream.aclose()
+
+
+def _close_now(stream: trio.abc.AsyncResource) -> None:
+    """Close a stream from code that can't await.
+
+    trio's own streams, and those of the testing kit, can all be closed synchronously at some level.  Any other stream is closed
+    by a system task, at the run's next step.
+    """
+    if isinstance(stream, trio.StapledStream):
+        _close_now(stream.send_stream)
+        _close_now(stream.receive_stream)
+    elif isinstance(stream, trio.SSLStream):
+        _close_now(stream.transport_stream)
+    elif isinstance(stream, trio.SocketStream):
+        stream.socket.close()
+    elif callable(close := getattr(stream, "close", None)):
+        close()
+    else:
+        trio.lowlevel.spawn_system_task(_close_in_task, stream)
+
+
+async def _close_in_task(stream: trio.abc.AsyncResource) -> None:
+    try:
+        await trio.aclose_forcefully(stream)
+    except Exception:
+        # A system task that raises would take the whole run down.
+        _log.exception("closing %r failed", stream)

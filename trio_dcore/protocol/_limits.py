@@ -1,0 +1,98 @@
+"""Limits: how much of anything a peer may make us hold, and how long it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+KiB = 2**10
+MiB = 2**20
+GiB = 2**30
+
+__all__ = ["GiB", "KiB", "Limits", "MiB"]
+
+# Fields where None ("off") has no meaning: something must be there for the code to work at all.
+_NEVER_OFF = frozenset({"linger", "window", "window_bytes", "error_text"})
+
+
+def _default_connections() -> int:
+    """min(1024, soft NOFILE - 64): leave the program room for its own files."""
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return 1024
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 1024
+    return max(1, min(1024, soft - 64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Sizes in bytes, times in seconds.  None turns a limit off.
+
+    A limit that is hit is a typed error naming the limit and its field, and is refused before the memory is committed.  Where a
+    field has a ``*_trusted`` twin, the twin holds for peers that are trusted (see :class:`~trio_dcore.Security`).
+
+    Args:
+        message: a whole message, decompressed size included.  64 MiB is one Dask shard.
+        message_trusted: the same from a trusted peer.
+        head: frame 0 of a message.  Decoding empty containers costs up to 78 bytes of memory for a byte received.
+        head_trusted: the same from a trusted peer.
+        frames: frames in one message.
+        frames_trusted: the same from a trusted peer.
+        connections: open connections of a server; by default min(1024, soft NOFILE - 64).
+        handshaking: connections of a server that have not finished their handshake.
+        handshake_timeout: seconds for TLS and comm handshake together.
+        progress_timeout: seconds of silence allowed inside a message.
+        progress_rate: bytes a second; a message must be complete by ``progress_timeout + received / progress_rate``.
+        write_stall: seconds that a handshake, reply or error may wait for a peer that doesn't read.
+        stream_stall: the same for a handler's own writes, generator items and ``.stream()`` sends.
+        idle: seconds after which an idle comm is closed.
+        linger: seconds for the orderly flush when a comm is closed.
+        ping_interval: seconds between pings on an opted-in comm while a call is in flight.
+        ping_timeout: seconds without an answer after which the peer is taken for dead.
+        pool_wait: seconds that a call waits for a free slot of a full pool.
+        tcp_user_timeout: seconds; the socket option, set towards stock Dask peers only.
+        window: items of a stream that may be on their way or unread.
+        window_bytes: bytes of a stream that may be on their way or unread.
+        requests: handlers alive at once in a server, those still cleaning up included.
+        error_text: characters of an error's message or traceback that are sent.
+    """
+
+    message: int | None = 64 * MiB
+    message_trusted: int | None = 2 * GiB
+    head: int | None = 1 * MiB
+    head_trusted: int | None = 64 * MiB
+    frames: int | None = 1024
+    frames_trusted: int | None = 4096
+    connections: int | None = -1  # replaced in __post_init__: depends on the process
+    handshaking: int | None = 64
+    handshake_timeout: float | None = 10.0
+    progress_timeout: float | None = 30.0
+    progress_rate: float | None = 1 * KiB
+    write_stall: float | None = 60.0
+    stream_stall: float | None = None
+    idle: float | None = None
+    linger: float = 1.0
+    ping_interval: float | None = 10.0
+    ping_timeout: float | None = 30.0
+    pool_wait: float | None = 30.0
+    tcp_user_timeout: float | None = 30.0
+    window: int = 16
+    window_bytes: int = 1 * MiB
+    requests: int | None = None
+    error_text: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.connections == -1:
+            object.__setattr__(self, "connections", _default_connections())
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                if field.name in _NEVER_OFF:
+                    raise ValueError(f"Limits({field.name}=None): this limit can't be turned off; give a number")
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"Limits({field.name}={value!r}): must be a number or None")
+            if value != value or value < 0 or (value == 0 and field.name != "linger"):
+                raise ValueError(f"Limits({field.name}={value!r}): must be above 0, or None for no limit")

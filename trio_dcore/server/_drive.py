@@ -1,0 +1,59 @@
+"""Running a handler's code on the connection's own task, for next to nothing.
+
+A handler gets a context of its own, so that the context variables it sets are not seen by the next request on the connection, and
+somebody may want to know when it first has to wait.  Both are had by stepping its coroutine here, with nothing but the generator
+protocol: what it yields goes on to trio, what trio sends or throws goes in to it.  No task, scope or event is made.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextvars import Context
+from typing import Any
+
+__all__ = ["drive"]
+
+
+@types.coroutine
+def _steps(
+    context: Context, coroutine: Coroutine[Any, Any, Any], on_wait: Callable[[], None] | None
+) -> Generator[Any, Any, Any]:
+    run = context.run
+    send = coroutine.send
+    try:
+        trap = run(send, None)
+    except StopIteration as stop:
+        return stop.value
+    if on_wait is not None:
+        on_wait()
+    while True:
+        try:
+            value = yield trap
+        except BaseException as error:
+            try:
+                trap = run(coroutine.throw, error)
+            except StopIteration as stop:
+                return stop.value
+        else:
+            try:
+                trap = run(send, value)
+            except StopIteration as stop:
+                return stop.value
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def drive(context: Context, awaitable: Awaitable[Any], on_wait: Callable[[], None] | None = None) -> Awaitable[Any]:
+    """Await ``awaitable`` with each of its steps run in ``context``.
+
+    Args:
+        context: where the steps run.
+        awaitable: usually a coroutine.
+        on_wait: called, synchronously, when it has to wait for the first time, and not at all if it never has to.
+    """
+    coroutine = awaitable if type(awaitable) is types.CoroutineType else _awaited(awaitable)
+    return _steps(context, coroutine, on_wait)  # type: ignore[no-any-return]
+

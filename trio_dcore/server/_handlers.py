@@ -1,0 +1,153 @@
+"""What kinds of handler there are, and how to tell."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import trio
+
+__all__ = ["HandlerEntry", "closest", "in_thread", "run_to_end", "wrong_arguments"]
+
+Handler = Callable[..., Any]
+_F = TypeVar("_F", bound=Handler)
+
+_MARKS = "__trio_dcore_marks__"
+# difflib compares every pair of characters: names longer than any sensible op get no suggestions.
+_LONGEST_GUESS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    function: Handler
+    in_thread: bool = False
+    limiter: trio.CapacityLimiter | None = None
+    run_to_end: bool = False
+
+
+def _mark(function: Handler, **changes: Any) -> Handler:
+    before: _Marks | None = getattr(function, _MARKS, None)
+    values = {"function": function} if before is None else {name: getattr(before, name) for name in _Marks.__slots__}
+
+    @functools.wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    setattr(marked, _MARKS, _Marks(**(values | changes)))
+    return marked
+
+
+def in_thread(function: _F, *, limiter: trio.CapacityLimiter | None = None) -> _F:
+    """Mark a blocking handler to be run in a worker thread.
+
+    Args:
+        function: a plain function.
+        limiter: bounds how many run at once; trio's default limiter of 40 threads otherwise.
+
+    Cancellation: a thread can't be interrupted, so a cancelled request ends when the function returns, and so does a server that
+    is shutting down.
+
+    Raises:
+        TypeError: the function is async, so it would only make its coroutine in the thread.
+    """
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"in_thread() is for blocking functions, and {function!r} is async")
+    return _mark(function, in_thread=True, limiter=limiter)  # type: ignore[return-value]  # same call signature
+
+
+def run_to_end(function: _F) -> _F:
+    """Mark a handler that is not cancelled when its caller goes away.  Shutdown and deadlines still cancel it."""
+    return _mark(function, run_to_end=True)  # type: ignore[return-value]  # same call signature
+
+
+@dataclass(slots=True)
+class HandlerEntry:
+    """What the dispatcher must know of a handler, found out once.
+
+    Attributes:
+        handler: what stands in the server's dict.
+        function: what to call: the handler without its marks.
+    """
+
+    handler: Handler
+    function: Handler
+    generator: bool
+    takes_comm: bool
+    takes_serializers: bool
+    in_thread: bool
+    limiter: trio.CapacityLimiter | None
+    run_to_end: bool
+
+    @classmethod
+    def of(cls, function: Handler) -> HandlerEntry:
+        """Classify a handler."""
+        marks: _Marks = getattr(function, _MARKS, None) or _Marks(function)
+        called = marks.function
+        if called is not function and inspect.ismethod(function):
+            called = types.MethodType(called, function.__self__)  # the marks are on the function, not on the bound method
+        names = _parameter_names(called)
+        return cls(
+            handler=function,
+            function=called,
+            generator=_is_generator(called),
+            takes_comm=bool(names) and names[0] == "comm",
+            takes_serializers="serializers" in names,
+            in_thread=marks.in_thread,
+            limiter=marks.limiter,
+            run_to_end=marks.run_to_end,
+        )
+
+
+def _is_generator(function: Handler) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _parameter_names(function: Handler) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []  # some builtins have no signature; they certainly don't take a comm
+
+
+def wrong_arguments(
+    op: str, function: Handler, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: TypeError, caller: types.CodeType
+) -> TypeError | None:
+    """The error to answer if ``error`` means that the call itself didn't fit, None if the handler raised it by itself.
+
+    Args:
+        op: the name it was called by.
+        function: the handler.
+        args: what it was called with.
+        kwargs: what it was called with by name.
+        error: what that raised.
+        caller: the code that made the call; if the traceback ends there, no Python code of the handler ran.
+    """
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or traceback.tb_frame.f_code is not caller:
+        return None
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return TypeError(f"wrong arguments for {op!r}: {error}")
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return TypeError(f"wrong arguments: {error}; the handler is {op}{signature}")
+    return None  # the arguments fit: a handler written in C raised this
+
+
+def closest(op: str, handlers: Mapping[str, object]) -> str:
+    """The end of a sentence that names the ops most like ``op``; empty if none is."""
+    if len(op) > _LONGEST_GUESS:
+        return ""
+    names = difflib.get_close_matches(op, [name for name in handlers if isinstance(name, str)][:1000], n=3)
+    return f"; did you mean {' or '.join(map(repr, names))}?" if names else ""

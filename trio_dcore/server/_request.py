@@ -1,0 +1,63 @@
+"""The request that is being answered, for the handler that answers it."""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import trio
+
+from ..abc import Peer
+from ..errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from ._server import Server
+
+__all__ = ["Request", "current_request", "request_variable"]
+
+
+class Request:
+    """What a handler may know of its request; see :func:`current_request`.
+
+    Attributes:
+        op: the name it was called by.
+        peer: who called.
+        deadline: the time, by trio's clock, at which the caller stops waiting; ``math.inf`` if it told none.
+    """
+
+    __slots__ = ("_server", "deadline", "op", "peer")
+
+    def __init__(self, server: Server, op: str, peer: Peer) -> None:
+        self._server = server
+        self.op = op
+        self.peer = peer
+        self.deadline = math.inf
+
+    @property
+    def server(self) -> Server:
+        """The server that runs the handler."""
+        return self._server
+
+    @property
+    def shutdown_requested(self) -> trio.Event:
+        """Set when the server starts to shut down: a stream may then end cleanly within the grace."""
+        return self._server.shutdown_requested
+
+    def __repr__(self) -> str:
+        return f"<Request {self.op!r} from {self.peer.address}>"
+
+
+request_variable: ContextVar[Request] = ContextVar("trio_dcore.request")
+
+
+def current_request() -> Request:
+    """The request that this task, or the task that started it, is answering.  Not a checkpoint.
+
+    Raises:
+        LocalProtocolError: called outside of a handler.
+    """
+    try:
+        return request_variable.get()
+    except LookupError:
+        raise LocalProtocolError("current_request() is for handlers: no request is being answered here") from None

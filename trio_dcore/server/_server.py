@@ -1,0 +1,473 @@
+"""The server: its life, and the nurseries that its connections live in.
+
+How it is built
+---------------
+::
+
+    __aenter__/serve
+      └─ outer nursery              (in the user's task)
+           └─ _main                 the serving task: the only one that closes anything
+                └─ guard nursery
+                     ├─ _hold_connections      a cancel scope, shielded only with drain_on_cancel, round
+                     │    └─ connections nursery: one task for each connection
+                     ├─ the hang-up watcher
+                     └─ accepting nursery: one task for each listener
+
+``stop()`` only requests: it marks the server as draining, sets the deadline of the scope round the connections and wakes the serving
+task, which closes listeners and idle comms.  Outside cancellation reaches the accepting nursery first; what has to happen then is
+synchronous and stands in one ``finally``.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+
+from .._security import Security
+from .._util import to_raise
+from ..abc import CommSettings, Listener, Peer
+from ..comm import BaseComm, HangupWatcher, InprocComm, check_encryption, get_transport, listen_address, parse_address
+from ..errors import LocalProtocolError
+from ..protocol._limits import Limits
+from ._connection import Connection
+from ._handlers import Handler, HandlerEntry
+from ._request import request_variable
+from ._statistics import Counters, ServerStatistics
+from ._status import Life, Status
+
+__all__ = ["BaseServer"]
+
+_log = logging.getLogger("trio_dcore.server")
+
+# The process or the system is out of descriptors or memory: accepting goes on when some are free again.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_EXHAUSTED_PAUSE = 0.1
+_EXHAUSTED_LOG_EVERY = 1.0
+
+
+class BaseServer:
+    """All of a server but its outgoing calls; use :class:`trio_dcore.Server`."""
+
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler] | None = None,
+        *,
+        stream_handlers: Mapping[str, Handler] | None = None,
+        blocked_handlers: Collection[str] = (),
+        connection_limit: int = 512,
+        deserialize: bool = True,
+        security: Security | None = None,
+        limits: Limits | None = None,
+        grace: float = 5.0,
+        drain_on_cancel: float = 0.0,
+        authorize: Callable[[Peer, str], bool] | None = None,
+        name: str | None = None,
+        serializers: Sequence[str] | None = None,
+        deserializers: Sequence[str] | None = None,
+    ) -> None:
+        for parameter, seconds in (("grace", grace), ("drain_on_cancel", drain_on_cancel)):
+            _check_seconds(parameter, seconds)
+        if connection_limit < 1:
+            raise ValueError(f"connection_limit={connection_limit!r}: must be at least 1")
+        for op, handler in (handlers or {}).items():
+            if not callable(handler):
+                raise TypeError(f"the handler for {op!r} is {handler!r}, which can't be called")
+        self.handlers: dict[str, Handler] = {"identity": self.identity, "echo": self.echo, **(handlers or {})}
+        self.stream_handlers: dict[str, Handler] = dict(stream_handlers or {})
+        self.blocked_handlers: set[str] = set(blocked_handlers)
+        self.connection_limit = connection_limit
+        self.settings = CommSettings(
+            security=security if security is not None else Security(),
+            limits=limits if limits is not None else Limits(),
+            deserialize=deserialize,
+            serializers=None if serializers is None else tuple(serializers),
+            deserializers=None if deserializers is None else tuple(deserializers),
+        )
+        self.grace = grace
+        self.drain_on_cancel = drain_on_cancel
+        self.authorize = authorize
+        self.id = f"{name or type(self).__name__}-{uuid.uuid4()}"
+        self.name = name or type(self).__name__
+        #: Set when the server starts to shut down.
+        self.shutdown_requested = trio.Event()
+        #: Read on every request, so a plain attribute: the server has been asked to stop.
+        self.draining = False
+        self._life = Life.NEW
+        self._failed = False
+        self._finished = trio.Event()
+        self._deadline = math.inf  # of the drain
+        self._cancelled_from_outside = False
+        self._outer: trio.abc.AsyncResource | Any = None
+        self._accepting: trio.Nursery | None = None
+        self._connection_tasks: trio.Nursery | None = None
+        self._scope = trio.CancelScope()  # round all connections
+        self._listeners: list[Listener] = []
+        self._addresses: list[str] = []
+        self._connections: set[Connection] = set()
+        self._entries: dict[str, HandlerEntry] = {}
+        self._statistics = Counters()
+        self._hangups: HangupWatcher | None = None
+
+    # -- built-in ops ------------------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Who this is, as ``distributed.core.Server.identity``."""
+        return {"type": type(self).__name__, "id": self.id}
+
+    def echo(self, data: Any = None) -> Any:
+        """Return ``data``."""
+        return data
+
+    # -- what it is --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> Status:
+        """Where the server is in its life: init, running, closing_gracefully, closing, closed; failed after a failed start."""
+        return Status.failed if self._failed else self._life.value  # type: ignore[no-any-return]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """A contact address for each call of :meth:`listen`, in order."""
+        return tuple(self._addresses)
+
+    @property
+    def address(self) -> str:
+        """The first contact address."""
+        if not self._addresses:
+            raise LocalProtocolError("the server has no address before it listens; call `await server.listen(...)` first")
+        return self._addresses[0]
+
+    @property
+    def port(self) -> int:
+        """The port of the first address that has one."""
+        for address in self._addresses:
+            _, _, port = address.rpartition(":")
+            if port.isdecimal():
+                return int(port)
+        raise LocalProtocolError("the server has no port: it listens on no address that has one")
+
+    def statistics(self) -> ServerStatistics:
+        """Counts since the start and of this moment.  Not a checkpoint."""
+        return self._statistics.snapshot(self._connections)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.status.name} at {', '.join(self._addresses) or 'no address'}>"
+
+    # -- starting ----------------------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        """Start; :meth:`listen` makes it reachable."""
+        self._begin()
+        self._outer = trio.open_nursery()
+        nursery = await self._outer.__aenter__()
+        try:
+            await nursery.start(self._main)
+        except BaseException as error:
+            self._failed = True
+            error_or_none = await self._leave(error)
+            assert error_or_none is not None
+            raise error_or_none from None
+        self._nursery: trio.Nursery = nursery
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        """Stop: after a normal end of the block with the server's grace, after an exception at once.
+
+        Raises the block's exception alone unless the server has one of its own to add.
+        """
+        if error is None:
+            self.stop()
+        else:
+            self._nursery.cancel_scope.cancel(reason="the block of the server raised")
+        result = await self._leave(error)
+        if result is None or result is error:
+            return False
+        raise result from None
+
+    async def _leave(self, error: BaseException | None) -> BaseException | None:
+        """Wait for the serving task; return what is to be raised."""
+        try:
+            await self._outer.__aexit__(None, None, None)
+        except BaseException as ours:
+            return to_raise("the server failed", error, ours)
+        return error
+
+    async def serve(
+        self,
+        *addresses: str | int | tuple[str, int],
+        task_status: trio.TaskStatus[tuple[str, ...]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listen on the addresses and serve until stopped or cancelled.
+
+        For ``await nursery.start(server.serve, "tcp://:8786")``, which returns the tuple of contact addresses.
+
+        Cancellation: closes the server at once, or after up to ``drain_on_cancel`` seconds.
+
+        Raises:
+            LocalProtocolError: no address was given, or the server was used before.
+            AddressError, OSError: an address can't be listened on; none is then.
+        """
+        if not addresses:
+            raise LocalProtocolError("serve() needs at least one address, e.g. 'tcp://127.0.0.1:0'")
+        async with self:
+            try:
+                for address in addresses:
+                    await self.listen(address)
+            except BaseException:
+                self._failed = True
+                raise
+            task_status.started(self.addresses)
+            await self._finished.wait()
+
+    async def listen(self, address: str | int | tuple[str, int] | None = None) -> str:
+        """Listen on one more address.
+
+        Args:
+            address: Dask's forms: a port, ``(host, port)``, ``"host:port"``, ``"tcp://host:port"``, ``"inproc://name"``; None is
+                a free port on every interface.
+
+        Returns:
+            The contact address, in which a wildcard or port 0 has been replaced.
+
+        Raises:
+            AddressError, OSError: it can't be listened on; the server is as it was.
+            LocalProtocolError: outside of ``async with server`` or ``serve``, or the server is stopping.
+        """
+        self._check_serving()
+        scheme, location = parse_address(listen_address(address))
+        check_encryption(scheme, self.settings)
+        listeners = await get_transport(scheme).listen(location, self.settings)
+        try:
+            self._check_serving()
+        except LocalProtocolError:
+            for listener in listeners:
+                listener.close()
+            raise
+        assert self._accepting is not None
+        for listener in listeners:
+            self._listeners.append(listener)
+            self._accepting.start_soon(self._accept, listener)
+        contact = listeners[0].contact_address
+        self._addresses.append(contact)
+        security = self.settings.security
+        _log.info(
+            "%s listens on %s (%s, pickle=%r); ops: %s",
+            self.name,
+            ", ".join(listener.listen_address for listener in listeners),
+            "encrypted or in this process" if get_transport(scheme).encrypted else "not encrypted",
+            security.pickle,
+            ", ".join(sorted(op for op in self.handlers if op not in self.blocked_handlers)),
+        )
+        return contact
+
+    def _check_serving(self) -> None:
+        if self._life is Life.NEW:
+            raise LocalProtocolError("listen() needs a running server: use it inside `async with server:`, or call serve()")
+        if self._life is not Life.SERVING:
+            raise LocalProtocolError(f"listen() on a server that is {self.status.name}; make a new one")
+
+    def _begin(self) -> None:
+        if self._life is not Life.NEW:
+            raise LocalProtocolError(f"a server serves once, and this one is {self.status.name}; make a new one")
+        self._life = self._life.move(Life.SERVING)
+
+    # -- the serving task --------------------------------------------------------------------------------------------------------
+
+    async def _main(self, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            async with trio.open_nursery() as guard:
+                if sys.platform == "linux":
+                    self._hangups = HangupWatcher()
+                    guard.start_soon(self._hangups.run)
+                await guard.start(self._hold_connections, guard)
+                try:
+                    async with trio.open_nursery() as accepting:
+                        self._accepting = accepting
+                        task_status.started()
+                        await self.shutdown_requested.wait()
+                        accepting.cancel_scope.cancel(reason="the server is shutting down")
+                finally:
+                    self._wind_down()
+        finally:
+            self._finish()
+
+    async def _hold_connections(self, guard: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        """Keep the nursery of all connections open until shutdown has begun and the last of them has ended."""
+        # The shield is there only with drain_on_cancel, and _wind_down gives it its deadline the moment that it matters.
+        self._scope.shield = self.drain_on_cancel > 0
+        with self._scope:
+            async with trio.open_nursery() as self._connection_tasks:
+                task_status.started()
+                await self.shutdown_requested.wait()
+        guard.cancel_scope.cancel(reason="all connections have ended")
+
+    def _wind_down(self) -> None:
+        """Close what needs no waiting.  Synchronous, for it also runs when the serving task has been cancelled."""
+        if not self.draining:  # cancelled from outside, or a listener failed
+            self._cancelled_from_outside = True
+            self._request_stop(self.drain_on_cancel)
+        elif trio.current_effective_deadline() == -math.inf:
+            self._cancelled_from_outside = True
+            self._shorten(self.drain_on_cancel)
+        while self._listeners:
+            self._listeners.pop().close()
+        for connection in list(self._connections):
+            connection.retire()
+
+    def _finish(self) -> None:
+        if not self.draining:
+            self._request_stop(0)
+        while self._listeners:
+            self._listeners.pop().close()
+        if self._hangups is not None:
+            self._hangups.close()
+        self._close_outgoing()
+        if self._life is Life.DRAINING:
+            self._life = self._life.move(Life.CLOSING)
+        self._life = self._life.move(Life.CLOSED)
+        self._finished.set()
+
+    def _close_outgoing(self) -> None:
+        """Close the pool of outgoing comms, where there is one."""
+
+    async def _accept(self, listener: Listener) -> None:
+        last_log = -math.inf
+        while True:
+            try:
+                comm = await listener.accept()
+            except trio.ClosedResourceError:
+                return
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                now = trio.current_time()
+                if now >= last_log + _EXHAUSTED_LOG_EVERY:
+                    last_log = now
+                    _log.warning("accepting on %s pauses: %s", listener.listen_address, error)
+                await trio.sleep(_EXHAUSTED_PAUSE)
+                continue
+            assert isinstance(comm, BaseComm)
+            assert self._connection_tasks is not None
+            connection = Connection(self, comm)
+            self._connections.add(connection)
+            self._connection_tasks.start_soon(self._serve_connection, connection, name=f"connection from {comm.peer_address}")
+
+    async def _serve_connection(self, connection: Connection) -> None:
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            self._statistics.closed(connection.comm)
+
+    # -- stopping ----------------------------------------------------------------------------------------------------------------
+
+    def stop(self, grace: float | None = None, reason: str = "") -> None:
+        """Ask the server to shut down.  Not a checkpoint; may be called from a handler, a signal task, and again.
+
+        Args:
+            grace: seconds that handlers in flight get; None is the server's own grace, 0 is now, ``math.inf`` is allowed.  A later
+                call only ever shortens.
+            reason: for the log.
+        """
+        grace = self.grace if grace is None else grace
+        _check_seconds("grace", grace)
+        if self._life is Life.NEW:
+            self._life = self._life.move(Life.CLOSED)
+            self.shutdown_requested.set()
+            self._finished.set()
+        elif self._life is Life.SERVING:
+            _log.info("%s stops with a grace of %s s%s", self.name, grace, f": {reason}" if reason else "")
+            self._request_stop(grace)
+        elif self._life is not Life.CLOSED:
+            self._shorten(grace)
+
+    def _request_stop(self, grace: float) -> None:
+        self.draining = True
+        self.shutdown_requested.set()
+        self._life = self._life.move(Life.DRAINING if grace > 0 else Life.CLOSING)
+        self._shorten(grace)
+
+    def _shorten(self, grace: float) -> None:
+        if grace <= 0:
+            self._deadline = -math.inf
+            if self._life is Life.DRAINING:
+                self._life = self._life.move(Life.CLOSING)
+            self._scope.cancel(reason=self._cut_reason())
+        else:
+            self._deadline = min(self._deadline, trio.current_time() + grace)
+            self._scope.deadline = self._deadline
+
+    def _cut_reason(self) -> str:
+        """Why handlers are being cancelled now: for HandlerCancelled and for the Cancelled itself."""
+        return "server cancelled" if self._cancelled_from_outside or not self.draining else "grace over"
+
+    async def finished(self) -> None:
+        """Wait until the server has closed, whoever asked for it."""
+        await self._finished.wait()
+
+    async def aclose(self, grace: float | None = None) -> None:
+        """Stop and wait until the server has closed.
+
+        From inside a running request of this server it only requests, since waiting would be for itself.
+
+        Cancellation: becomes ``stop(0)`` and is raised at once; the serving task closes the server, and :meth:`finished` waits
+        for that.
+        """
+        self.stop(grace)
+        request = request_variable.get(None)
+        if request is not None and request.server is self:
+            await trio.lowlevel.checkpoint()
+            return
+        try:
+            await self._finished.wait()
+        except trio.Cancelled:
+            self.stop(0)
+            raise
+
+    async def close(self, timeout: float | None = None, reason: str = "") -> None:
+        """Dask's name for :meth:`aclose`; its ``timeout`` is the grace."""
+        self.stop(timeout, reason)
+        await self.aclose(timeout)
+
+    # -- for connections ---------------------------------------------------------------------------------------------------------
+
+    def _watch(self, connection: Connection) -> None:
+        """Have the connection told when its peer hangs up."""
+        comm = connection.comm
+        if isinstance(comm, InprocComm):
+            comm.on_hangup = connection.hung_up
+            return
+        fileno = comm.socket_fileno()
+        if self._hangups is not None and fileno is not None:
+            self._hangups.watch(fileno, connection.hung_up)
+            connection.watched = fileno
+
+    def _unwatch(self, connection: Connection) -> None:
+        if self._hangups is not None and connection.watched is not None:
+            self._hangups.forget(connection.watched, connection.hung_up)
+
+    def _on_wait(self, connection: Connection) -> Callable[[], None] | None:
+        return None
+
+    def _started(self, op: str) -> None:
+        counters = self._statistics
+        counters.in_flight += 1
+        counters.requests[op] = counters.requests.get(op, 0) + 1
+
+    def _ended(self) -> None:
+        self._statistics.in_flight -= 1
+
+
+def _check_seconds(parameter: str, seconds: float) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+        raise ValueError(f"{parameter}={seconds!r}: must be a number of seconds, 0 or more")

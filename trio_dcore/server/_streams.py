@@ -1,0 +1,101 @@
+"""Handlers that give many answers: async generators, and handlers that take the comm."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import Context
+from typing import Any
+
+import trio
+
+from ..abc import Comm
+from ..comm import BaseComm, Substream, SubstreamComm
+from ..errors import CommClosedError
+from ..protocol._envelope import CANCEL, END, Credit, RequestHeader
+from ._drive import drive
+
+__all__ = ["StreamAnswer", "generate"]
+
+
+async def generate(
+    generator: AsyncGenerator[Any, None],
+    context: Context,
+    emit: Callable[[Any], Awaitable[None]],
+    on_wait: Callable[[], None] | None,
+) -> None:
+    """Run an async generator to its end and emit each item.
+
+    While it is suspended at a ``yield``, whatever ends the emitting is thrown into it at that ``yield``, in the same task, so that
+    scopes and nurseries that it has open there see their own exceptions; it never passes the generator by.  For the same reason
+    nothing here enters a scope before a step of the generator and leaves it after.
+
+    Cancellation: delivered inside the generator, wherever it is, and its ``finally`` is awaited.
+    """
+    step: Awaitable[Any] = generator.__anext__()
+    dead = False
+    while True:
+        try:
+            item = await drive(context, step, on_wait)
+        except StopAsyncIteration:
+            return
+        if dead:
+            # It was told that nobody takes its items any more and yields on: end it, where its finally blocks still run.
+            await drive(context, generator.aclose(), on_wait)
+            return
+        try:
+            await emit(item)
+        except BaseException as error:
+            dead = isinstance(error, (CommClosedError, trio.ClosedResourceError))
+            step = generator.athrow(error)
+        else:
+            step = generator.__anext__()
+
+
+class StreamAnswer:
+    """Where the items of one request go, and what its handler gets as ``comm``.
+
+    Args:
+        comm: the connection's.
+        header: that of an opted-in request; None for a plain one, whose items are bare messages on the bare comm.
+    """
+
+    __slots__ = ("_bare", "_substream", "comm", "streaming")
+
+    def __init__(self, comm: BaseComm, header: RequestHeader | None) -> None:
+        self._bare = comm
+        self._substream: Substream | None = None
+        self.comm: Comm = comm
+        self.streaming = header is not None and header.stream
+        if header is not None:
+            extension = comm.extension
+            assert extension is not None
+            limits = comm.settings.limits
+            self._substream = Substream(
+                comm,
+                header.id,
+                credit=header.window or Credit(*extension.window),
+                window=Credit(limits.window, limits.window_bytes),
+                on_end=_client_ended,
+            )
+            refusal = "" if header.stream else "the caller waits for one reply, so nothing can be written; it must use .stream()"
+            self.comm = SubstreamComm(self._substream, comm, refusal)
+
+    async def emit(self, item: Any) -> None:
+        """Send one item."""
+        if self._substream is None:
+            await self._bare.write(item, on_error="raise")
+        else:
+            await self._substream.send(item)
+
+    async def end(self) -> None:
+        """Say that there are no more."""
+        assert self._substream is not None
+        await self._substream.send_end()
+
+
+def _client_ended(kind: int, value: object) -> Exception | None:
+    if kind == END:
+        return None
+    if kind == CANCEL:
+        return CommClosedError("the client has cancelled the request")
+    return CommClosedError("the client has ended the request in a way that only servers may")
