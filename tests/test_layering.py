@@ -4,6 +4,7 @@
 
                      cli
         aio    testing    dask    status            edges: nothing below imports them
+                    _node                           the Server that both serves and calls
              server      client                     neither imports the other
                    comm                             the only layer that opens sockets
              _util  errors  abc                     base
@@ -36,11 +37,12 @@ LAYERS = {
     "comm": 2,
     "server": 3,
     "client": 3,
-    "aio": 4,
-    "dask": 4,
-    "status": 4,
-    "testing": 4,
-    "cli": 5,
+    "_node": 4,
+    "aio": 5,
+    "dask": 5,
+    "status": 5,
+    "testing": 5,
+    "cli": 6,
 }
 BASE = 1  # the modules of the base belong together and may import each other
 

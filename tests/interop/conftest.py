@@ -245,7 +245,7 @@ def ours() -> Callable[..., AbstractAsyncContextManager[Server]]:
 
 @pytest.fixture
 def connected() -> Callable[..., AbstractAsyncContextManager[Any]]:
-    """A trio_dcore ``rpc``, or the proxy of a ``ConnectionPool``, for one block: ``async with connected(kind, address) as remote``."""
+    """Our ``rpc``, or a proxy of our ``ConnectionPool``, for one block: ``async with connected(kind, address) as remote``."""
 
     @asynccontextmanager
     async def connect(kind: str, address: str, **options: Any) -> AsyncIterator[Any]:

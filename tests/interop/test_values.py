@@ -14,7 +14,6 @@ import operator
 import uuid
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,7 @@ class Colour(enum.Enum):
     RED = 1
 
 
-Pair = namedtuple("Pair", "left right")  # noqa: PYI024 - arrives as the plain tuple that the wire has
+Pair = namedtuple("Pair", "left right")  # arrives as the plain tuple that the wire has
 
 # (what is sent, what arrives): Dask's msgpack knows no lists, and no difference between the kinds of bytes.
 _VALUES: dict[str, tuple[Any, Any]] = {

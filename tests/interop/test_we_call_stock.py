@@ -53,6 +53,15 @@ async def take_all(stream: Any) -> list[Any]:
     return [item async for item in stream]
 
 
+async def collect(request: Any, found: list[Any], after: Any = None) -> None:
+    """Read a stream into ``found``, which also keeps what came before a failure."""
+    async with request as stream:
+        async for item in stream:
+            found.append(item)
+            if after is not None:
+                await after()
+
+
 # -- calls -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -316,10 +325,10 @@ async def test_a_stream_takes_arguments_and_carries_arrays(stock: Any, connected
         for i in range(n):
             await comm.write({"i": i, "data": StockSerialize(numpy.full(10**5, i))})
 
+    found: list[Any] = []
     async with stock.serve({"arrays": arrays}) as server, connected("rpc", server.address) as remote:
-        async with remote.arrays.stream(n=4) as stream:
-            found = [(item["i"], item["data"].sum()) async for item in stream]
-    assert found == [(i, i * 10**5) for i in range(4)]
+        await collect(remote.arrays.stream(n=4), found)
+    assert [(item["i"], item["data"].sum()) for item in found] == [(i, i * 10**5) for i in range(4)]
 
 
 async def test_a_stream_that_fails(stock: Any, connected: Any, kind: str) -> None:
@@ -330,12 +339,10 @@ async def test_a_stream_that_fails(stock: Any, connected: Any, kind: str) -> Non
         await comm.write(2)
         raise ValueError("no more")
 
-    found = []
+    found: list[Any] = []
     async with stock.serve({"write": write, "add": add}) as server, connected(kind, server.address) as remote:
         with pytest.raises(ValueError, match="no more") as caught:
-            async with remote.write.stream() as stream:
-                async for item in stream:
-                    found.append(item)
+            await collect(remote.write.stream(), found)
         assert await remote.add(x=1, y=2) == 3
     assert found == [1, 2]
     assert isinstance(caught.value, RemoteError)
@@ -347,8 +354,7 @@ async def test_a_stream_that_fails_at_once(stock: Any, connected: Any) -> None:
 
     async with stock.serve({"write": write}) as server, connected("rpc", server.address) as remote:
         with pytest.raises(TypeError, match="n"):
-            async with remote.write.stream(m=1) as stream:
-                await take_all(stream)
+            await collect(remote.write.stream(m=1), [])
 
 
 async def test_a_stream_cut_by_a_reset(stock: Any, connected: Any, kind: str) -> None:
@@ -365,13 +371,10 @@ async def test_a_stream_cut_by_a_reset(stock: Any, connected: Any, kind: str) ->
     async def release() -> None:
         go_on.set()
 
-    found = []
+    found: list[Any] = []
     async with stock.serve({"write": write}) as server, connected(kind, server.address) as remote:
         with pytest.raises(CommClosedError):
-            async with remote.write.stream() as stream:
-                async for item in stream:
-                    found.append(item)
-                    await stock.run(release)
+            await collect(remote.write.stream(), found, lambda: stock.run(release))
     assert found == [1]
 
 
@@ -451,14 +454,14 @@ async def test_a_batched_stream(stock: Any) -> None:
     def note(x: Any) -> None:
         found.append(x)
 
-    async with stock.serve(stream_handlers={"note": note, "last": complete.ring}) as server:
-        async with await connect(server.address) as comm:
-            await comm.write({"op": "connection_stream", "reply": False})
-            await comm.write([{"op": "note", "x": 1}, {"op": "note", "x": [2]}])
-            await comm.write([{"op": "last"}, {"op": "close-stream"}])
-            await complete.wait()
-            with pytest.raises(CommClosedError):
-                await comm.read()
+    handlers = {"note": note, "last": complete.ring}
+    async with stock.serve(stream_handlers=handlers) as server, await connect(server.address) as comm:
+        await comm.write({"op": "connection_stream", "reply": False})
+        await comm.write([{"op": "note", "x": 1}, {"op": "note", "x": [2]}])
+        await comm.write([{"op": "last"}, {"op": "close-stream"}])
+        await complete.wait()
+        with pytest.raises(CommClosedError):
+            await comm.read()
     assert found == [1, (2,)]
 
 
@@ -503,11 +506,14 @@ async def test_a_server_that_goes_in_the_middle_of_a_call(stock: Any, connected:
             await remote.wait()
         errors.append(caught.value)
 
-    async with stock.serve({"wait": wait}) as server, connected(kind, server.address) as remote:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(call)
-            await started.wait()
-            await stock.run(server.close)
+    async with (
+        stock.serve({"wait": wait}) as server,
+        connected(kind, server.address) as remote,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(call)
+        await started.wait()
+        await stock.run(server.close)
     assert len(errors) == 1
 
 

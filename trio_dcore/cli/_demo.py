@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from .. import Comm, ConnectError, RemoteError, Server, Status, connect, rpc
+from .. import Comm, CommClosedError, ConnectError, RemoteError, Server, ServerClosing, Status, connect, rpc
 from ._errors import FAILED, CliError, explained
 from ._output import print_line
 
@@ -194,12 +194,12 @@ async def _stopped_during_a_call(server: Server, remote: Any, handlers: _Handler
         server.stop(grace=_GRACE)
         _promise(server.status is Status.closing_gracefully, "the server is draining", server.status)
         try:
-            newcomer = await connect(address, timeout=0.2)
-        except ConnectError:
+            async with rpc(address, timeout=0.2) as newcomer:
+                answer = await newcomer.add(x=1, y=2)
+        except (ConnectError, CommClosedError, ServerClosing):
             _promise(not replies, "the handler is still running", replies)
         else:
-            newcomer.abort()
-            _promise(False, "newcomers are refused", newcomer)
+            _promise(False, "newcomers are refused", answer)
         handlers.work_may_end.set()
     _promise(replies == ["done"], "the reply of the running handler arrives", replies)
     await server.finished()

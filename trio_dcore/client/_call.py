@@ -27,7 +27,7 @@ from ..protocol._remote_errors import exception_from_reply, exception_from_value
 if TYPE_CHECKING:
     from ._pool import ConnectionPool
 
-__all__ = ["call", "closed_error", "make_request", "notify", "send_recv"]
+__all__ = ["call", "checked", "closed_error", "notify", "send_recv"]
 
 
 class _NeverStarted(Exception):
@@ -55,7 +55,7 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
                 raise
         try:
             if comm.extension is None:
-                await comm.write({"op": op, **kwargs, "reply": True}, on_error="raise")
+                await comm.put({"op": op, **kwargs, "reply": True})
                 answer = await _plain_answer(comm, op, deserializers)
             else:
                 comm.last_id += 1
@@ -63,7 +63,7 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
                 deadline = trio.current_effective_deadline()
                 if deadline != math.inf:
                     header["deadline"] = deadline - trio.current_time()
-                await comm.write({"op": op, **kwargs, "reply": True, KEY: header}, on_error="raise")
+                await comm.put({"op": op, **kwargs, "reply": True, KEY: header})
                 answer = await _enveloped_answer(comm, op, deserializers)
         except (SerializationError, UnsafePayload):
             # Ours: nothing was sent.  Or of the answer: it was read whole.  Either way the comm is as before.
@@ -127,18 +127,18 @@ async def _enveloped_answer(comm: BaseComm, op: str, deserializers: Sequence[str
         head, frames = found
         message = head if frames is None else comm.resolve(frames, deserializers)
         kind, of, value = parse_envelope(message)
+        if kind == REPLY and of == identity:
+            return value
         if kind == GOODBYE and of < identity:
             raise _NeverStarted
         if of != identity:
             if of < identity:
                 continue  # left over from an earlier request on this comm
             raise RemoteProtocolError(f"an answer to request {of} while {identity} is the last")
-        if kind == REPLY:
-            return value
         if kind == ERROR:
             return _Failure(exception_from_value(value, allow_pickle=comm.allows_pickle))
         if kind == PING:
-            await comm.write((PONG, identity, None))
+            await comm.put((PONG, identity, None))
         elif kind != PONG:
             raise RemoteProtocolError(f"an envelope of kind {kind} in answer to a call of {op!r} that takes one reply")
 
@@ -152,7 +152,7 @@ async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, 
     while True:
         comm, fresh = await pool.acquire(address, op)
         try:
-            await comm.write({"op": op, **kwargs, "reply": False}, on_error="raise")
+            await comm.put({"op": op, **kwargs, "reply": False})
         except (SerializationError, UnsafePayload):
             pool.release(comm)
             raise
@@ -174,13 +174,12 @@ async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, 
         return
 
 
-def make_request(op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Check the keywords of a call."""
-    if not op or type(op) is not str:
+def checked(op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a call, if they may be such."""
+    if "op" in kwargs or "comm" in kwargs:
+        raise TypeError("'op' and 'comm' can't be arguments of a call: they have a meaning of their own")
+    if type(op) is not str or not op:
         raise TypeError(f"an op is a non-empty str, not {op!r}")
-    for name in ("op", "comm"):
-        if name in kwargs:
-            raise TypeError(f"{name!r} can't be an argument of a call: it has a meaning of its own")
     return kwargs
 
 

@@ -111,8 +111,8 @@ class ConnectionPool:
         address = coerce_to_address(address)
         policy = self._policy
         self._abort_idle(list(policy.idle.get(address, ())))
-        for comm, slot in list(policy.busy.items()):
-            if slot.address == address:
+        for comm, (used_for, _) in list(policy.busy.items()):
+            if used_for == address:
                 policy.discard(comm)
                 comm.abort()
         for slot in list(policy.connecting):

@@ -5,7 +5,7 @@ Nothing here does I/O or waits.  The pool (:mod:`._pool`) asks, and closes, conn
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 
 import trio
@@ -16,7 +16,7 @@ __all__ = ["PoolPolicy", "Slot", "Waiter"]
 
 
 class Slot:
-    """The right to have one comm open.  Held by a call from the decision to connect until the comm is closed or idle."""
+    """The right to make one comm."""
 
     __slots__ = ("address", "op", "scope")
 
@@ -44,7 +44,7 @@ class PoolPolicy:
     Attributes:
         limit: the most that may be open.
         idle: comms that may be reused, by address; the most recent is last, and is used first.
-        busy: comms in use, with the call they are used for.
+        busy: comms in use, with the address and op of the call they are used for.
         connecting: slots whose comm isn't there yet.
         waiters: calls that wait, in order.
     """
@@ -52,8 +52,8 @@ class PoolPolicy:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.idle: dict[str, list[BaseComm]] = {}
-        self.idle_since: OrderedDict[BaseComm, tuple[str, float]] = OrderedDict()  # the longest idle first
-        self.busy: dict[BaseComm, Slot] = {}
+        self.idle_since: dict[BaseComm, tuple[str, float]] = {}  # the longest idle first
+        self.busy: dict[BaseComm, tuple[str, str]] = {}
         self.connecting: set[Slot] = set()
         self.waiters: deque[Waiter] = deque()
 
@@ -68,10 +68,8 @@ class PoolPolicy:
         if not comms:
             return None
         comm = comms.pop()
-        if not comms:
-            del self.idle[address]
         del self.idle_since[comm]
-        self.busy[comm] = Slot(address, op)
+        self.busy[comm] = address, op
         return comm
 
     def reserve(self, address: str, op: str) -> tuple[Slot | None, BaseComm | None]:
@@ -89,7 +87,7 @@ class PoolPolicy:
     def connected(self, slot: Slot, comm: BaseComm) -> None:
         """The slot's comm is there and in use."""
         self.connecting.discard(slot)
-        self.busy[comm] = slot
+        self.busy[comm] = slot.address, slot.op
 
     def release(self, comm: BaseComm, now: float, *, last: bool = False) -> BaseComm | None:
         """A call has ended and its comm may be used again; returns the comm if it is to be closed instead.
@@ -99,20 +97,26 @@ class PoolPolicy:
             now: the time.
             last: use this one only when there is no other idle comm for its address.
         """
-        slot = self.busy.pop(comm, None)
-        if slot is None:
+        used_for = self.busy.pop(comm, None)
+        if used_for is None:
             return comm  # removed while it was in use
+        address = used_for[0]
         if self.waiters:
             waiter = self._next_waiter()
-            if waiter.address == slot.address:
+            if waiter.address == address:
                 waiter.comm = comm
-                self.busy[comm] = Slot(waiter.address, waiter.op)
+                self.busy[comm] = waiter.address, waiter.op
                 return None
             self._give_slot(waiter)
             return comm
-        comms = self.idle.setdefault(slot.address, [])
-        comms.insert(0 if last else len(comms), comm)
-        self.idle_since[comm] = (slot.address, now)
+        comms = self.idle.get(address)
+        if comms is None:
+            self.idle[address] = [comm]
+        elif last:
+            comms.insert(0, comm)
+        else:
+            comms.append(comm)
+        self.idle_since[comm] = address, now
         return None
 
     def discard(self, comm: BaseComm) -> None:
@@ -157,8 +161,9 @@ class PoolPolicy:
     def holders(self) -> dict[str, int]:
         """How many slots each op holds."""
         counts: dict[str, int] = {}
-        for slot in (*self.busy.values(), *self.connecting):
-            counts[slot.op] = counts.get(slot.op, 0) + 1
+        ops = [op for _, op in self.busy.values()] + [slot.op for slot in self.connecting]
+        for op in ops:
+            counts[op] = counts.get(op, 0) + 1
         return counts
 
     def _freed(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from ._call import call, make_request, notify
+from ._call import call, checked, notify
 from ._stream import RemoteStream
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class RemoteOp:
         self._address = address
         self._op = op
 
-    async def __call__(self, **kwargs: Any) -> Any:
+    def __call__(self, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         """Call it and return its result.
 
         Args:
@@ -43,15 +44,15 @@ class RemoteOp:
             LimitExceeded: no comm of the pool became free in time, or the answer is too large.
             SerializationError, UnsafePayload: an argument or the answer can't travel.
         """
-        return await call(self._pool, self._address, self._op, make_request(self._op, kwargs))
+        return call(self._pool, self._address, self._op, checked(self._op, kwargs))
 
     async def notify(self, **kwargs: Any) -> None:
         """Have it run without an answer; it runs on when we go.  Returns when the request is with the kernel."""
-        await notify(self._pool, self._address, self._op, make_request(self._op, kwargs))
+        await notify(self._pool, self._address, self._op, checked(self._op, kwargs))
 
     def stream(self, **kwargs: Any) -> RemoteStream:
         """Call it for many answers: ``async with remote.op.stream(...) as stream: async for item in stream: ...``."""
-        return RemoteStream(self._pool, self._address, self._op, make_request(self._op, kwargs))
+        return RemoteStream(self._pool, self._address, self._op, checked(self._op, kwargs))
 
     def __repr__(self) -> str:
         return f"<remote op {self._op!r} at {self._address}>"

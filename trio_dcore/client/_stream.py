@@ -51,7 +51,7 @@ class RemoteStream:
             comm, fresh = await pool.acquire(self._address, self._op)
             try:
                 source: _Enveloped | _Plain = _Plain(comm) if comm.extension is None else _Enveloped(comm)
-                await comm.write(source.request(self._op, self._kwargs), on_error="raise")
+                await comm.put(source.request(self._op, self._kwargs))
             except (CommClosedError, trio.ClosedResourceError) as error:
                 pool.discard(comm)
                 if getattr(error, "nothing_sent", False) and not fresh:

@@ -2,7 +2,7 @@
 
 How a :class:`FramedComm` works
 -------------------------------
-Reading: ``_next_frames`` asks the parser for a whole message and the pump for more bytes until there is one.  Decoding has two
+Reading: ``next_head`` asks the parser for a whole message and the pump for more bytes until there is one.  Decoding has two
 phases: the *head* (frame 0 with its markers in place) is read first, so that a server can settle op, limits and trust before
 ``resolve`` touches a payload.
 
@@ -106,7 +106,16 @@ class BaseComm(Comm):
     async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
         """Phase one of a read: (message with its payload markers in place, what :meth:`resolve` needs), None at a clean end.
 
-        The second item is None where there is nothing to resolve: then the first is the whole message.
+        The second item is None where there is nothing to resolve: then the first is the whole message.  Delivers cancellation
+        only where it waits; the caller sees to it otherwise.
+        """
+
+    @abstractmethod
+    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
+        """:meth:`write` with ``on_error="raise"`` for servers and clients.
+
+        Delivers cancellation only where it waits; the caller sees to it otherwise.  A comm that was closed here raises
+        trio.ClosedResourceError.
         """
 
     @abstractmethod
@@ -136,6 +145,7 @@ class BaseComm(Comm):
         """
 
     async def read(self) -> Any:
+        await checkpoint_if_cancelled()
         try:
             found = await self.next_head()
         except trio.ClosedResourceError as error:
@@ -146,6 +156,7 @@ class BaseComm(Comm):
         return head if frames is None else self.resolve(frames)
 
     async def receive(self) -> Any:
+        await checkpoint_if_cancelled()
         found = await self.next_head()
         if found is None:
             raise trio.EndOfChannel(f"{self.peer_address} closed the comm")
@@ -225,12 +236,12 @@ class FramedComm(BaseComm):
         local = local_handshake(compression=None, window=(limits.window, limits.window_bytes))
         # Each side writes first and then reads (wire document, section 3); neither waits for the other.
         await self._transmit(self._encoder.encode(local))
-        frames = await self._next_frames()
-        if frames is None:
+        found = await self.next_head()
+        if found is None:
             raise CommClosedError(f"{self.peer_address} closed the comm during the handshake")
         try:
             # Phase one only: a payload in a handshake is never touched, whoever sent it.
-            negotiated = negotiate(local, self._decoder.head(frames[0]))
+            negotiated = negotiate(local, found[0])
         except RemoteProtocolError:
             self._doom("bad handshake")
             raise
@@ -255,14 +266,6 @@ class FramedComm(BaseComm):
 
     # -- reading ----------------------------------------------------------------------------------------------------------------
 
-    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
-        frames = await self._next_frames()
-        if frames is None:
-            return None
-        decoder = self._decoder
-        head = decoder.head(frames[0])
-        return head, frames if decoder.has_markers(frames) else None
-
     def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
         decoder = self._decoder
         if deserializers is not None:
@@ -270,11 +273,9 @@ class FramedComm(BaseComm):
             decoder = Decoder(context, extensions=self.extension is not None)
         return decoder.resolve(frames)
 
-    async def _next_frames(self) -> list[Buffer] | None:
-        """The next message's frames; None at a clean end."""
+    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
         if self._reading:
             raise trio.BusyResourceError("another task is reading this comm")
-        await checkpoint_if_cancelled()
         if self._closed:
             raise self._closed_error()
         parser = self._parser
@@ -309,7 +310,10 @@ class FramedComm(BaseComm):
         finally:
             self._reading = False
         self.messages_read += 1
-        return frames
+        frame0 = frames[0]
+        # As Decoder.has_markers, which says why.
+        marked = len(frames) > 1 or frame0.partition(b"__")[1]
+        return self._decoder.head(frame0), frames if marked else None
 
     async def wait_incoming(self) -> bool:
         if self._reading:
@@ -325,29 +329,31 @@ class FramedComm(BaseComm):
     # -- writing ----------------------------------------------------------------------------------------------------------------
 
     async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
+        await checkpoint_if_cancelled()
+        encoder = self._encoder_raising if on_error == "raise" else self._encoder
         try:
-            return await self._transmit(self._encode(message, on_error, serializers))
+            return await self._transmit(encoder.encode(message) if serializers is None else _with(encoder, serializers, message))
         except trio.ClosedResourceError as error:
             raise CommClosedError(str(error)) from error
 
     async def send(self, value: Any) -> None:
+        await checkpoint_if_cancelled()
         await self._transmit(self._encoder.encode(value))
 
-    def _encode(self, message: Any, on_error: str | None, serializers: Sequence[str] | None) -> list[Buffer]:
-        encoder = self._encoder_raising if on_error == "raise" else self._encoder
-        if serializers is not None:
-            encoder = Encoder(replace(encoder.ctx, serializers=tuple(serializers)))
-        return encoder.encode(message)
+    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
+        encoder = self._encoder_raising
+        frames = encoder.encode(message) if serializers is None else _with(encoder, serializers, message)
+        return await self._transmit(frames)
 
     async def _transmit(self, frames: list[Buffer]) -> int:
-        await checkpoint_if_cancelled()
         if self._closed:
             raise self._closed_error()
         if len(frames) == 1:
             data = single_frame(frames[0])
             size = len(data)
-            pump = self._pump
+            sent = 0
             if self._send_lock is None or not self._send_lock.locked():
+                pump = self._pump
                 try:
                     sent = pump.try_send(data)
                 except OSError as error:
@@ -363,8 +369,6 @@ class FramedComm(BaseComm):
                         pump.unwaited = 0
                         await cancel_shielded_checkpoint()
                     return size
-            else:
-                sent = 0
             buffers: list[Buffer] = [data]
         else:
             buffers = join_small(pack_prelude(frames), frames)
@@ -401,7 +405,7 @@ class FramedComm(BaseComm):
 
     def write_nowait(self, message: Any) -> bool:
         if self._closed:
-            raise CommClosedError(self._closed)
+            raise self._closed_error()
         if self._send_lock is not None and self._send_lock.locked():
             return False
         frames = self._encoder.encode(message)
@@ -476,6 +480,11 @@ class FramedComm(BaseComm):
 
     def stale(self) -> bool:
         return bool(self._closed) or self._ended or self._parser.buffered > 0 or self._pump.readable()
+
+
+def _with(encoder: Encoder, serializers: Sequence[str], message: Any) -> list[Buffer]:
+    """Encode one message with families of its own."""
+    return Encoder(replace(encoder.ctx, serializers=tuple(serializers))).encode(message)
 
 
 _CLOSED_HERE = "this comm was closed here"

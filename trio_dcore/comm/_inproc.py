@@ -82,7 +82,6 @@ class InprocComm(BaseComm):
     async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
         if self._reading:
             raise trio.BusyResourceError("another task is reading this comm")
-        await checkpoint_if_cancelled()
         self._reading = True
         try:
             while not self._inbox:
@@ -112,28 +111,32 @@ class InprocComm(BaseComm):
         return bool(self._inbox)
 
     async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
+        await checkpoint_if_cancelled()
         try:
-            await self.send(message)
+            return await self.put(message)
         except trio.ClosedResourceError as error:
             raise CommClosedError(str(error)) from error
-        return 1  # as Dask: there are no bytes to count
 
     async def send(self, value: Any) -> None:
         await checkpoint_if_cancelled()
+        await self.put(value)
+
+    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
         while True:
             self._check_writable()
             if len(self._other._inbox) < _CAPACITY:
                 break
             self._unwaited = 0
             await self._wake_writers.park()
-        self._put(value)
+        self._pass_on(message)
         await self._yield_sometimes()
+        return 1  # as Dask: there are no bytes to count
 
     def write_nowait(self, message: Any) -> bool:
         self._check_writable()
         if len(self._other._inbox) >= _CAPACITY:
             return False
-        self._put(message)
+        self._pass_on(message)
         return True
 
     def _check_writable(self) -> None:
@@ -142,7 +145,7 @@ class InprocComm(BaseComm):
         if self._peer_closed:
             raise CommClosedError(f"{self.peer_address} closed the comm")
 
-    def _put(self, message: Any) -> None:
+    def _pass_on(self, message: Any) -> None:
         self._other._inbox.append(message)
         self._other._wake_reader.unpark_all()
         self.messages_written += 1

@@ -147,7 +147,7 @@ class Substream:
             await self._read_one()
         self._credit_items -= 1
         try:
-            size = await self._comm.write((ITEM, self.id, value), on_error="raise")
+            size = await self._comm.put((ITEM, self.id, value))
         except BaseException:
             self._credit_items += 1
             raise
@@ -157,7 +157,8 @@ class Substream:
 
     async def send_end(self) -> None:
         """Say that nothing more comes from this side."""
-        await self._comm.write((END, self.id, None))
+        await checkpoint_if_cancelled()
+        await self._comm.put((END, self.id, None))
 
     async def _read_one(self) -> None:
         """Read one envelope, or wait until another task has."""

@@ -24,7 +24,6 @@ from ._types import Serialized
 
 __all__ = ["Decoder"]
 
-_UNDERSCORE = ord("_")
 _TWO_UNDERSCORES = re.compile(b"__")
 
 
@@ -63,12 +62,7 @@ class Decoder:
 
     def has_markers(self, frames: Sequence[Buffer]) -> bool:
         """Whether :meth:`resolve` may give anything else than :meth:`head`; cheap."""
-        if len(frames) != 1:
-            return True
-        frame0 = frames[0]
-        if type(frame0) is bytes:
-            return _UNDERSCORE in frame0 and frame0.find(b"__") >= 0
-        return _TWO_UNDERSCORES.search(frame0) is not None
+        return len(frames) != 1 or _TWO_UNDERSCORES.search(frames[0]) is not None
 
     def resolve(self, frames: Sequence[Buffer]) -> Any:
         """Decode a whole message, payloads included.
@@ -89,7 +83,7 @@ class Decoder:
             return resolution.read(frames[0])
         except UnsafePayload as exc:
             path = resolution.path() + exc.field
-            raise UnsafePayload(at(path, str(exc)), field=path) from exc
+            raise UnsafePayload(at(path, f"{exc}; see Security(pickle=...)"), field=path) from exc
         except SerializationError as exc:
             path = resolution.path() + exc.path
             raise SerializationError(at(path, str(exc)), path=path) from exc
@@ -209,10 +203,7 @@ class _Resolution(_Reader):
     def _pickled(self, index: int) -> Any:
         self._at = PICKLED, index
         if not self._ctx.allow_pickle():
-            raise UnsafePayload(
-                "the peer sent a pickle and is not trusted, so it was not loaded; use tls:// with your own CA or unix://, or see "
-                "Security(pickle=...)"
-            )
+            raise UnsafePayload("a pickle came from a peer that is not trusted; it was not loaded")
         header, frames = self._parts(index, None)
         return self._guarded(unpickle_parts, header, frames)
 

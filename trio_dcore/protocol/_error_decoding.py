@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from reprlib import repr as short
 from typing import Any, cast
 
@@ -178,7 +179,8 @@ def _first_text(args: object, default: str) -> str:
 
 
 def _unreadable(value: object) -> RemoteError:
-    text = attempt(lambda: short(value), "?")
+    # Of a map the first keys only: reprlib would sort all of them.
+    text = attempt(lambda: short([*islice(value, 8)] if isinstance(value, dict) else value), "?")
     return _finish(RemoteError(), _Facts("", f"the peer reported an error in a form that can't be read: {text}"))
 
 

@@ -20,6 +20,7 @@ __all__ = ["MAX_PICKLE", "dump", "load"]
 #: Bytes of one error's pickle.  An exception that holds more is sent as its text.
 MAX_PICKLE = 256 * 1024
 
+_NEWOBJ: Any = vars(copyreg)["__newobj__"]  # what object.__reduce_ex__ names for "make it with __new__ alone"
 _PROTOCOL = 4  # nothing of 5 is needed, and every Dask peer has it
 
 
@@ -48,9 +49,9 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         kind = type(obj)
         if _is_called_differently(kind):
-            # Made without __init__, then args, fields and __dict__ put in place by BaseException.__setstate__: needs neither tblib
-            # nor us at the other end.  (From 3.11 on, __dict__ also holds the notes.)
-            return copyreg.__newobj__, (kind, *args_of(obj)), {**obj.__dict__, **fields_of(obj), "args": args_of(obj)}
+            # Made without __init__; then BaseException.__setstate__ puts args, fields and __dict__ in place, which has the notes.
+            # It needs neither tblib nor us at the other end.
+            return _NEWOBJ, (kind, *args_of(obj)), {**obj.__dict__, **fields_of(obj), "args": args_of(obj)}
         reducer = copyreg.dispatch_table.get(kind)
         if reducer is not None and _is_tblib(reducer.__module__):
             # distributed, in the same process, registers tblib for each exception class that it meets, builtin ones included.

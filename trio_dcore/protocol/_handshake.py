@@ -144,7 +144,7 @@ def _extension(local: Mapping[str, Any], remote: object) -> Extension:
 def _required(remote: Mapping[object, object], key: str, within: str = "") -> object:
     if key not in remote:
         name = f"{within}.{key}" if within else key
-        raise RemoteProtocolError(f"the peer's handshake lacks the key {name!r}: it has {_shown(list(remote))}")
+        raise RemoteProtocolError(f"the peer's handshake lacks the key {name!r}; it has {_shown(list(remote))}")
     return remote[key]
 
 
@@ -172,5 +172,6 @@ def _wrong(key: str, value: object, wanted: str) -> RemoteProtocolError:
 
 def _shown(value: object) -> str:
     """A peer's value for an error message, whatever its size."""
-    text = short(value)
+    # Of a map the size only: reprlib would sort all of its keys.
+    text = f"a map of {len(value)}" if isinstance(value, dict) else short(value)
     return text if len(text) <= 200 else text[:199] + "…"

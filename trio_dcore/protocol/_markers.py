@@ -101,9 +101,12 @@ def _pairs(value: dict[Any, Any]) -> Iterator[tuple[Step, object]]:
 
 def find_path(root: object, match: Callable[[object], bool]) -> str | None:
     """Return where the first value that ``match`` accepts stands in the message, or None if there is none."""
-    for steps, value, _ in walk(root):
-        if match(value):
-            return render(steps)
+    try:
+        for steps, value, _ in walk(root):
+            if match(value):
+                return render(steps)
+    except RuntimeError:  # somebody changes the message meanwhile; this is only about a better text
+        pass
     return None
 
 

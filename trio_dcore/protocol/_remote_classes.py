@@ -136,7 +136,7 @@ def new_exception(cls: type[BaseException], args: tuple[Any, ...]) -> BaseExcept
     if issubclass(cls, BaseExceptionGroup):
         made: BaseException = BaseExceptionGroup.__new__(cls, *args)
     else:
-        # The type whose memory layout it is.  MemoryError adds none, and its __new__ would refuse a class that is another's first.
+        # The type whose memory layout it is.  (MemoryError adds none, and its __new__ refuses a class that starts otherwise.)
         solid: Any = cls
         while solid.__flags__ & _HEAPTYPE:
             solid = solid.__base__

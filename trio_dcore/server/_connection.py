@@ -17,6 +17,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 
 from ..comm import BaseComm
 from ..errors import (
@@ -142,6 +143,7 @@ class Connection:
                 return
             self.idle = True
             try:
+                await checkpoint_if_cancelled()
                 found = await comm.next_head()
             except trio.ClosedResourceError:
                 return
@@ -209,12 +211,14 @@ class Connection:
                     message["serializers"] = serializers
                 request = Request(server, op, comm.peer)
                 self.op = op
-                server._started(op)
+                counters = server._statistics
+                counters.in_flight += 1
+                counters.requests[op] = counters.requests.get(op, 0) + 1
                 streaming = header is not None and header.stream
-                self._awaited = (wanted or entry.generator or entry.takes_comm) and not entry.run_to_end
+                self._awaited = (wanted or entry.streams) and not entry.run_to_end
                 if self._gone and self._awaited:
                     self.scope.cancel(reason="the caller has gone")
-                if header is None and not entry.generator and not entry.takes_comm:
+                if not entry.streams and (header is None or not header.stream and header.deadline is None):
                     result = await self._call(entry, (), message, request)
                 else:
                     result = await self._run(entry, message, request, header, plain_call=reply is True and not close)
@@ -246,7 +250,7 @@ class Connection:
             _log.error("op %r from %s: %s", self.op, comm.peer_address, failure, exc_info=error)
         finally:
             if request is not None:
-                server._ended()
+                server._statistics.in_flight -= 1
                 self._awaited = False
                 self.op = None
         if wanted:
@@ -348,12 +352,12 @@ class Connection:
     async def _send_result(self, header: RequestHeader | None, result: Any, serializers: Any) -> None:
         message = result if header is None else (REPLY, header.id, result)
         try:
-            await self.comm.write(message, on_error="raise", serializers=serializers)
+            await self.comm.put(message, serializers)
         except (SerializationError, UnsafePayload) as error:
             await self._send_failure(header, error)
 
     async def _send_failure(self, header: RequestHeader | None, error: Exception) -> None:
-        await self.comm.write(self._failure_message(header, error))
+        await self.comm.put(self._failure_message(header, error))
 
     def _failure_message(self, header: RequestHeader | None, error: BaseException) -> Any:
         comm = self.comm

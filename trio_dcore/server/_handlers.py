@@ -72,12 +72,14 @@ class HandlerEntry:
     Attributes:
         handler: what stands in the server's dict.
         function: what to call: the handler without its marks.
+        streams: it may give many answers: it is a generator or takes the comm.
     """
 
     handler: Handler
     function: Handler
     generator: bool
     takes_comm: bool
+    streams: bool
     takes_serializers: bool
     in_thread: bool
     limiter: trio.CapacityLimiter | None
@@ -91,11 +93,14 @@ class HandlerEntry:
         if called is not function and inspect.ismethod(function):
             called = types.MethodType(called, function.__self__)  # the marks are on the function, not on the bound method
         names = _parameter_names(called)
+        generator = _is_generator(called)
+        takes_comm = bool(names) and names[0] == "comm"
         return cls(
             handler=function,
             function=called,
-            generator=_is_generator(called),
-            takes_comm=bool(names) and names[0] == "comm",
+            generator=generator,
+            takes_comm=takes_comm,
+            streams=generator or takes_comm,
             takes_serializers="serializers" in names,
             in_thread=marks.in_thread,
             limiter=marks.limiter,

@@ -459,14 +459,6 @@ class BaseServer:
     def _on_wait(self, connection: Connection) -> Callable[[], None] | None:
         return None
 
-    def _started(self, op: str) -> None:
-        counters = self._statistics
-        counters.in_flight += 1
-        counters.requests[op] = counters.requests.get(op, 0) + 1
-
-    def _ended(self) -> None:
-        self._statistics.in_flight -= 1
-
 
 def _check_seconds(parameter: str, seconds: float) -> None:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
