@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,15 +59,49 @@ class Peer:
         return self._judge()[1]
 
 
+_DEFAULT_SECURITY = Security()
+
+
+@functools.cache
+def _default_limits() -> Limits:
+    return Limits()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommSettings:
     """What a comm is made with; see :func:`trio_dcore.connect` for the meaning of each."""
 
-    security: Security = field(default_factory=Security)
-    limits: Limits = field(default_factory=Limits)
+    security: Security = _DEFAULT_SECURITY
+    limits: Limits = field(default_factory=_default_limits)
     deserialize: bool = True
     serializers: tuple[str, ...] | None = None
     deserializers: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        security: Security | None,
+        limits: Limits | None,
+        deserialize: bool,
+        serializers: Sequence[str] | None,
+        deserializers: Sequence[str] | None,
+    ) -> CommSettings:
+        """From the arguments of a public call, where None means the default."""
+        return cls(
+            security=_DEFAULT_SECURITY if security is None else security,
+            limits=_default_limits() if limits is None else limits,
+            deserialize=deserialize,
+            serializers=_families("serializers", serializers),
+            deserializers=_families("deserializers", deserializers),
+        )
+
+
+def _families(parameter: str, names: Sequence[str] | None) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise TypeError(f"{parameter}={names!r}: give a sequence of family names, such as ({names!r},)")
+    return tuple(names)
 
 
 class Comm(trio.abc.Channel[Any]):

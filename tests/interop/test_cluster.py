@@ -46,8 +46,8 @@ async def test_scheduler_scatter_and_gather(stock: Any, connected: Any, kind: st
         keys = await remote.scatter(data=packed, workers=None, client="us", broadcast=False)
         assert set(keys) == set(data)
         assert await remote.who_has(keys=list(data)) == dict.fromkeys(data, (worker.address,))
-        assert await remote.has_what(workers=[worker.address]) == {worker.address: tuple(worker.data)}
-        assert set(worker.data) == set(data)
+        (held,) = (await remote.has_what(workers=[worker.address])).values()
+        assert set(held) == set(worker.data) == set(data)
         same(worker.data["array"], data["array"])
         found = await remote.gather(keys=list(data))
     assert found["status"] == "OK"
@@ -89,16 +89,15 @@ async def test_the_stream_of_a_client(stock: Any, connected: Any) -> None:
         await comm.write({"op": "register-client", "client": "us", "reply": False, "versions": {}})
         (start,) = await comm.read()
         assert start["op"] == "stream-start"
-        await comm.write([{"op": "heartbeat-client"}, {"op": "client-desires-keys", "keys": ["k"], "client": "us"}])
         await remote.scatter(data={"k": to_serialize(1)}, workers=None, client="us")
+        await comm.write([{"op": "heartbeat-client"}, {"op": "client-desires-keys", "keys": ["k"], "client": "us"}])
         reports = []
         while "key-in-memory" not in [report["op"] for report in reports]:
             reports += await comm.read()
-        (report,) = [report for report in reports if report["op"] == "key-in-memory"]
-        assert report["key"] == "k"
+        assert {report["key"] for report in reports if report["op"] == "key-in-memory"} == {"k"}
         await comm.write([{"op": "close-client"}, {"op": "close-stream"}])
         rest = [item["op"] for batch in [batch async for batch in comm] for item in batch]
-    assert rest in ([], ["stream-closed"])
+    assert set(rest) <= {"key-in-memory", "stream-closed"}
 
 
 async def test_worker(stock: Any, connected: Any, kind: str, same: Any) -> None:
@@ -130,9 +129,6 @@ async def test_worker_data(stock: Any, connected: Any, same: Any) -> None:
 
 
 async def test_worker_runs_a_function(stock: Any, connected: Any) -> None:
-    def divide(a: int, b: int) -> float:
-        return a / b
-
     function = pickle.dumps(divmod)
     async with stock.cluster() as (_, worker), connected("rpc", worker.address) as remote:
         assert await remote.run(function=function, args=pickle.dumps((7, 2)), kwargs={}) == {"status": "OK", "result": (3, 1)}

@@ -16,6 +16,7 @@ import trio
 from distributed.comm import connect as stock_connect
 from distributed.protocol import Serialized as StockSerialized
 from distributed.protocol import to_serialize as stock_to_serialize
+from distributed.protocol.compression import maybe_compress
 from distributed.protocol.serialize import serialize_and_split
 
 from trio_dcore import Comm, RemoteError, Serialized, connect, rpc
@@ -79,9 +80,10 @@ async def tapped(address: str) -> AsyncIterator[Tap]:
 
 def compressed(value: Any) -> StockSerialized:
     """A payload that stock Dask has compressed, as it does between machines."""
-    header, frames = serialize_and_split(value, context={"compression": "zlib"})
-    assert any(header["compression"])
-    return StockSerialized(header, frames)
+    header, frames = serialize_and_split(value)
+    names, packed = zip(*[maybe_compress(frame, compression="zlib") for frame in frames], strict=True)
+    assert set(names) == {"zlib"}
+    return StockSerialized({**header, "compression": names}, list(packed))
 
 
 def sharded(value: Any, size: int) -> StockSerialized:

@@ -348,7 +348,7 @@ async def test_a_stream_that_a_handler_writes(stock: Any, ours: Any) -> None:
 
     async def ticks(comm: Comm, n: int) -> None:
         for i in range(n):
-            await comm.write({"tick": i, "data": to_serialize(numpy.full(3, i))})
+            await comm.write({"tick": i, "data": numpy.full(3, i)})
 
     async def listen() -> Any:
         comm = await stock_connect(server.address)

@@ -83,7 +83,6 @@ _VALUES: dict[str, tuple[Any, Any]] = {
     "numpy scalar": (numpy.int64(5), numpy.int64(5)),
     "dataclass": (Point(1, (2, 3)), Point(1, (2, 3))),
     "objects inside": ([Point(1, ()), {"deep": [Point(2, ())]}], (Point(1, ()), {"deep": (Point(2, ()),)})),
-    "enum, foreign": (Colour.RED, Colour.RED),
     "function": (operator.itemgetter, operator.itemgetter),
     "class": (Point, Point),
 }
@@ -209,6 +208,34 @@ async def test_status_enums(stock: Any, ours: Any, connected: Any) -> None:
         back = await remote.same(x=trio_dcore.Status.closing)
     assert recorder.seen is StockStatus.closing
     assert back is trio_dcore.Status.closing
+
+
+async def test_an_enum_of_the_application(stock: Any, ours: Any, connected: Any) -> None:
+    """Stock sends its module and name, and ours looks it up only in packages that were named; ours sends it as a pickle."""
+    security = trio_dcore.Security(enum_modules=("dask", "distributed", Colour.__module__.partition(".")[0]))
+    recorder = _Recorder()
+    async with ours({"same": recorder.handler}, security=security) as server:
+        back = await stock.call("rpc", server.address, lambda remote: remote.same(x=Colour.RED))
+    assert recorder.seen is back is Colour.RED
+    async with (
+        stock.serve({"same": recorder.handler}) as server,
+        connected("rpc", server.address, security=security) as remote,
+    ):
+        back = await remote.same(x=Colour.RED)
+    assert recorder.seen is back is Colour.RED
+
+
+async def test_an_enum_from_elsewhere_is_refused(stock: Any, ours: Any, kind: str) -> None:
+    """With an error that says so; the handler is not started."""
+    recorder = _Recorder()
+
+    async def refused(remote: Any) -> None:
+        with pytest.raises(Exception, match="enum_modules"):
+            await remote.same(x=Colour.RED)
+
+    async with ours({"same": recorder.handler}) as server:
+        await stock.call(kind, server.address, refused)
+    assert recorder.seen is None
 
 
 async def test_a_received_array_can_be_written_to(stock: Any, ours: Any, connected: Any) -> None:

@@ -199,7 +199,6 @@ async def test_a_connection_that_ended_while_idle_is_replaced(stock: Any, connec
         KeyError("k"),
         ZeroDivisionError("division by zero"),
         FileNotFoundError(2, "no such file", "name"),
-        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
         OddError(7, "here"),
         RuntimeError(),
     ],

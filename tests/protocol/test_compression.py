@@ -74,9 +74,10 @@ class TestEveryCodec:
     def test_many_small_frames_share_one_budget(self, codec: str) -> None:
         compressed = stock_compressions[codec].compress(TEXT)
         budget = limited(3 * len(TEXT), used=10 * len(compressed))
+        decompress(codec, compressed, budget)
+        decompress(codec, compressed, budget)
         with pytest.raises(LimitExceeded):
-            for _ in range(10):
-                decompress(codec, compressed, budget)
+            decompress(codec, compressed, budget)
         assert budget.used <= 3 * len(TEXT)
 
     def test_bomb_takes_no_memory(self, codec: str) -> None:

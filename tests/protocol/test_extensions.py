@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import decimal
+import io
 import struct
 import sys
 import uuid
@@ -26,7 +27,7 @@ CODES = [*range(-72, -63), -80, -81]
 
 
 def over_the_wire(value: object) -> Any:
-    packed = msgpack.packb(encode_ext(value))
+    packed = msgpack.packb(encode_ext(value), default=encode_ext)
     return msgpack.unpackb(packed, ext_hook=decode_ext, use_list=False, object_hook=untag, strict_map_key=False)
 
 
@@ -104,11 +105,11 @@ EXACT = [
 ]
 
 
-@pytest.mark.parametrize("value", EXACT, ids=lambda value: f"{type(value).__name__}-{str(value)[:20]}")
+@pytest.mark.parametrize("value", EXACT, ids=lambda value: type(value).__name__)
 def test_what_is_written_comes_back_as_it_was(value: object) -> None:
     back = over_the_wire(value)
     assert type(back) is type(value)
-    if isinstance(value, int):
+    if isinstance(value, (int, frozenset)):
         assert back == value
     else:
         assert repr(back) == repr(value)
@@ -211,9 +212,9 @@ def test_what_would_not_come_back_as_it_was_is_left_to_others(value: object) -> 
 
 
 def test_a_zone_read_from_a_file_has_no_key() -> None:
-    directory = next(path for path in zoneinfo.TZPATH if (zoneinfo.Path(path) if False else path))
-    with open(f"{directory}/Europe/Berlin", "rb") as file:
-        zone = zoneinfo.ZoneInfo.from_file(file)
+    # A TZif file of version 1 with a single type of local time.
+    header = b"TZif" + b"\0" * 16 + struct.pack(">6L", 0, 0, 0, 0, 1, 4)
+    zone = zoneinfo.ZoneInfo.from_file(io.BytesIO(header + struct.pack(">lBB", 3600, 0, 0) + b"ABC\0"))
     assert encode_ext(dt.datetime(2024, 1, 1, tzinfo=zone)) is None
 
 

@@ -76,7 +76,8 @@ def _explain(exc: Exception) -> tuple[str, int]:
         case UnknownOp() | HandlerCancelled():
             return str(exc), FAILED
         case RemoteError():
-            return f"the handler raised {exc.type_name or 'an error'}: {exc}", FAILED
+            kind = exc.type_name.removeprefix("builtins.") or "an error"
+            return f"the handler raised {kind}: {exc}", FAILED
         case ServerClosing() | Overloaded():
             return f"{str(exc) or type(exc).__name__}; the handler was not started, try again later", FAILED
         case CommClosedError():

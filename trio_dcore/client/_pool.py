@@ -62,13 +62,7 @@ class ConnectionPool:
         if limit < 1:
             raise ValueError(f"limit={limit!r}: a pool needs room for at least 1 comm")
         self.timeout = timeout
-        self.settings = CommSettings(
-            security=security if security is not None else Security(),
-            limits=limits if limits is not None else Limits(),
-            deserialize=deserialize,
-            serializers=None if serializers is None else tuple(serializers),
-            deserializers=None if deserializers is None else tuple(deserializers),
-        )
+        self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
         self._policy = PoolPolicy(limit)
         self._closed = False
         self._removed: dict[Slot, str] = {}  # connecting slots whose address was removed meanwhile, and why

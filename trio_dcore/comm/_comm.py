@@ -175,7 +175,7 @@ class FramedComm(BaseComm):
         "_closed",
         "_decoder",
         "_encoder",
-        "_encoder_raising",
+        "_encoder_telling",
         "_ended",
         "_parser",
         "_pump",
@@ -187,8 +187,10 @@ class FramedComm(BaseComm):
         super().__init__(local_address=local_address, peer=peer, settings=settings)
         self._pump = pump
         self._parser = FrameParser(settings.limits, self._is_trusted)
-        self._encoder = self._encoder_raising = Encoder(EncodeContext(allow_pickle=self.allows_pickle))
-        self._decoder = Decoder(self._decode_context())
+        # Until the handshake is done: plain data only.
+        self._encoder = _HANDSHAKE_ENCODER
+        self._encoder_telling: Encoder | None = None
+        self._decoder = _HANDSHAKE_DECODER
         self._send_lock: trio.StrictFIFOLock | None = None
         self._reading = False
         self._closed = ""  # why, once it is
@@ -235,7 +237,7 @@ class FramedComm(BaseComm):
         limits = self.settings.limits
         local = local_handshake(compression=None, window=(limits.window, limits.window_bytes))
         # Each side writes first and then reads (wire document, section 3); neither waits for the other.
-        await self._transmit(self._encoder.encode(local))
+        await self._transmit(_HANDSHAKE_ENCODER.encode(local))
         found = await self.next_head()
         if found is None:
             raise CommClosedError(f"{self.peer_address} closed the comm during the handshake")
@@ -247,18 +249,16 @@ class FramedComm(BaseComm):
             raise
         self.extension = negotiated.extension
         extensions = negotiated.extension is not None
-        contexts = [
+        self._encoder = Encoder(
             EncodeContext(
                 allow_pickle=self.allows_pickle,
                 pickle_protocol=negotiated.pickle_protocol,
                 compression=negotiated.compression,
                 serializers=self.settings.serializers,
                 extensions=extensions,
-                on_error=on_error,
+                on_error="raise",
             )
-            for on_error in ("message", "raise")
-        ]
-        self._encoder, self._encoder_raising = map(Encoder, contexts)
+        )
         self._decoder = Decoder(self._decode_context(), extensions=extensions)
         if not extensions and limits.tcp_user_timeout is not None:
             # It would kill a live peer that merely isn't reading, so between trio_dcore peers a ping finds the dead ones.
@@ -330,20 +330,30 @@ class FramedComm(BaseComm):
 
     async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
         await checkpoint_if_cancelled()
-        encoder = self._encoder_raising if on_error == "raise" else self._encoder
         try:
-            return await self._transmit(encoder.encode(message) if serializers is None else _with(encoder, serializers, message))
+            return await self._transmit(self._encode(message, on_error or "message", serializers))
         except trio.ClosedResourceError as error:
             raise CommClosedError(str(error)) from error
 
     async def send(self, value: Any) -> None:
         await checkpoint_if_cancelled()
-        await self._transmit(self._encoder.encode(value))
+        await self._transmit(self._encode(value, "message", None))
 
     async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
-        encoder = self._encoder_raising
-        frames = encoder.encode(message) if serializers is None else _with(encoder, serializers, message)
-        return await self._transmit(frames)
+        if serializers is None:
+            return await self._transmit(self._encoder.encode(message))
+        return await self._transmit(self._encode(message, "raise", serializers))
+
+    def _encode(self, message: Any, on_error: str, serializers: Sequence[str] | None) -> list[Buffer]:
+        if on_error == "raise" and serializers is None:
+            return self._encoder.encode(message)
+        if on_error not in ("raise", "message"):
+            raise ValueError(f"on_error={on_error!r}: must be 'message' or 'raise'")
+        if serializers is None:
+            if self._encoder_telling is None:
+                self._encoder_telling = Encoder(replace(self._encoder.ctx, on_error="message"))
+            return self._encoder_telling.encode(message)
+        return Encoder(replace(self._encoder.ctx, on_error=on_error, serializers=tuple(serializers))).encode(message)
 
     async def _transmit(self, frames: list[Buffer]) -> int:
         if self._closed:
@@ -482,9 +492,13 @@ class FramedComm(BaseComm):
         return bool(self._closed) or self._ended or self._parser.buffered > 0 or self._pump.readable()
 
 
-def _with(encoder: Encoder, serializers: Sequence[str], message: Any) -> list[Buffer]:
-    """Encode one message with families of its own."""
-    return Encoder(replace(encoder.ctx, serializers=tuple(serializers))).encode(message)
-
-
 _CLOSED_HERE = "this comm was closed here"
+
+
+def _no() -> bool:
+    return False
+
+
+# A handshake is one map of plain values, whoever it goes to or comes from.
+_HANDSHAKE_ENCODER = Encoder(EncodeContext(allow_pickle=_no))
+_HANDSHAKE_DECODER = Decoder(DecodeContext(allow_pickle=_no))

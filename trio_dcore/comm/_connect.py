@@ -53,13 +53,7 @@ async def connect(
         AddressError: the address is no address.
         LocalProtocolError: the address and the settings contradict each other.
     """
-    settings = CommSettings(
-        security=security if security is not None else Security(),
-        limits=limits if limits is not None else Limits(),
-        deserialize=deserialize,
-        serializers=None if serializers is None else tuple(serializers),
-        deserializers=None if deserializers is None else tuple(deserializers),
-    )
+    settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
     return await connect_with(normalize_address(address), settings, timeout)
 
 
@@ -76,13 +70,14 @@ async def connect_with(address: str, settings: CommSettings, timeout: float | No
     transport = get_transport(scheme)
     last_error: Exception | None = None
     attempt = 0
-    with trio.CancelScope(deadline=math.inf if timeout is None else trio.current_time() + timeout):
+    give_up = math.inf if timeout is None else trio.current_time() + timeout
+    with trio.CancelScope(deadline=give_up) as scope:
         while True:
             # A first attempt that hangs (a lost SYN) must not use up all the time (as Dask's connect).
             patience = timeout / 5 if attempt == 0 and timeout is not None else math.inf
             comm = None
             try:
-                with trio.move_on_after(patience):
+                with trio.CancelScope(deadline=trio.current_time() + patience):
                     comm = await transport.connect(location, settings)
             except AddressError:
                 raise
@@ -90,26 +85,29 @@ async def connect_with(address: str, settings: CommSettings, timeout: float | No
                 last_error = error
             if comm is not None:
                 assert isinstance(comm, BaseComm)
-                return await _handshake(comm, address)
+                limit = settings.limits.handshake_timeout
+                if limit is not None:
+                    scope.deadline = min(give_up, trio.current_time() + limit)
+                last_error = TimeoutError("the peer accepted the connection and stayed silent")
+                await _handshake(comm, address)
+                return comm
             if last_error is None:
                 last_error = TimeoutError(f"no answer within {patience:.3g} s")
             attempt += 1
             await trio.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** min(attempt, 10)))
-    raise ConnectError(f"could not connect to {address} within {timeout} s: {last_error or 'no answer'}") from last_error
+    if scope.deadline < give_up:
+        seconds, setting = settings.limits.handshake_timeout, "Limits.handshake_timeout"
+    else:
+        seconds, setting = timeout, "timeout"
+    raise ConnectError(f"could not connect to {address} within {seconds} s ({setting}): {last_error or 'no answer'}") from last_error
 
 
-async def _handshake(comm: BaseComm, address: str) -> BaseComm:
-    patience = comm.settings.limits.handshake_timeout
+async def _handshake(comm: BaseComm, address: str) -> None:
     try:
-        with trio.move_on_after(math.inf if patience is None else patience):
-            await comm.handshake()
-            return comm
+        await comm.handshake()
     except (CommClosedError, RemoteProtocolError, LimitExceeded) as error:
         comm.abort()
         raise ConnectError(f"could not connect to {address}: the handshake failed: {error}") from error
     except BaseException:
         comm.abort()
         raise
-    comm.abort()
-    silence = TimeoutError("the peer accepted the connection and stayed silent")
-    raise ConnectError(f"could not connect to {address}: no handshake within {patience} s (Limits.handshake_timeout)") from silence

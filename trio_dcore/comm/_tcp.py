@@ -64,14 +64,12 @@ class TCPTransport(Transport):
 
 async def open_socket(host: str, port: int) -> socket.socket:
     """One attempt to connect.  Cancellation: the socket is closed."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
+    family = _family_of_literal(host)
+    if family is None:
         # A name: trio's happy eyeballs find the address that works first.
         stream = await trio.open_tcp_stream(host, port)
         return socket.socket(fileno=stream.socket.detach())
     # A literal address needs none of that, which costs four times the connect itself (measured: 221 against 49 µs).
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
@@ -87,6 +85,17 @@ async def open_socket(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _family_of_literal(host: str) -> socket.AddressFamily | None:
+    """AF_INET or AF_INET6 for a numeric address, None for a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, host.partition("%")[0])
+        except OSError:
+            continue
+        return family
+    return None
 
 
 def _scoped(host: str, port: int) -> tuple[str, int, int, int]:
@@ -130,6 +139,8 @@ def socket_address(sockname: tuple[str, int, int, int] | tuple[str, int]) -> str
 
 def is_loopback(host: str) -> bool:
     """Whether a literal address is on this machine's loopback interface; IPv4-mapped ones are unmapped first."""
+    if host == "127.0.0.1":
+        return True  # nearly always; what follows takes 7 µs
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return address.ipv4_mapped.is_loopback

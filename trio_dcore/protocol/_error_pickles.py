@@ -10,6 +10,7 @@ import copyreg
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ._error_text import attempt
@@ -144,6 +145,10 @@ def _exception_with_attrs(
 ) -> BaseException:
     """An exception whose class has an ``__init__`` of its own: that is not run, its results are put in place."""
     made = new_exception(kind, args)
+    for base in (SyntaxError, UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError):
+        if issubclass(kind, base):
+            # Their own __init__ is in C and sets what str() is made of; tblib takes it for one of the class and leaves that out.
+            attempt(partial(base.__init__, made, *attrs.get("args", ())), None)
     for name, value in attrs.items():
         BaseException.__setattr__(made, name, value)
     return _chained(made, cause, context, suppress_context, notes)

@@ -271,6 +271,9 @@ def _link_text(exc: BaseException, limit: int) -> str:
         return _cut_middle("".join(map(str, exc.args)), limit).rstrip() + "\n"
     frames = attempt(lambda: "".join(traceback.format_list(traceback.extract_tb(exc.__traceback__, -_FRAMES))), "")
     text = ("Traceback (most recent call last):\n" + frames if frames else "") + _line(exc, limit)
+    if isinstance(exc, RemoteError) and exc.remote_traceback and not isinstance(exc.__cause__, RemoteTraceback):
+        # Somebody raised it anew with another cause, or from None, but what happened over there still happened first.
+        text = _cut_middle(exc.remote_traceback, limit).rstrip() + "\n" + _CAUSE + text
     notes: object = exc.__dict__.get("__notes__")
     if isinstance(notes, (list, tuple)):
         text += "".join(clean(note, limit) + "\n" for note in notes[:_LEAF_LINES] if isinstance(note, str))

@@ -99,7 +99,7 @@ class Connection:
 
     async def _handshake(self) -> bool:
         patience = self.comm.settings.limits.handshake_timeout
-        with trio.move_on_after(math.inf if patience is None else patience) as limit:
+        with trio.CancelScope(deadline=math.inf if patience is None else trio.current_time() + patience) as limit:
             await self.comm.handshake()
         self.handshaking = False
         if limit.cancelled_caught:

@@ -84,13 +84,7 @@ class BaseServer:
         self.stream_handlers: dict[str, Handler] = dict(stream_handlers or {})
         self.blocked_handlers: set[str] = set(blocked_handlers)
         self.connection_limit = connection_limit
-        self.settings = CommSettings(
-            security=security if security is not None else Security(),
-            limits=limits if limits is not None else Limits(),
-            deserialize=deserialize,
-            serializers=None if serializers is None else tuple(serializers),
-            deserializers=None if deserializers is None else tuple(deserializers),
-        )
+        self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
         self.grace = grace
         self.drain_on_cancel = drain_on_cancel
         self.authorize = authorize
