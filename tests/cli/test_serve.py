@@ -17,7 +17,11 @@ from trio_dcore.cli import main
 from trio_dcore.cli._errors import CliError
 from trio_dcore.cli._serve import load_server
 
+signals = pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals to one process")
+
 MODULE = """
+import os
+import signal
 import trio
 from trio_dcore import Server, current_request
 
@@ -42,6 +46,11 @@ class Calculator(Server):
 class Needy(Server):
     def __init__(self, what):
         super().__init__({})
+
+class Slow(Server):
+    async def listen(self, address=None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.sleep_forever()
 
 class namespace:
     handlers = handlers
@@ -135,6 +144,12 @@ def test_a_port_that_is_taken(module: str, capsys: pytest.CaptureFixture[str]) -
     assert str(port) in err.splitlines()[-1]
 
 
+@signals
+def test_a_signal_before_it_listens_ends_it(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", f"{module}:Slow"]) == 0
+    assert "listening" not in capsys.readouterr().out
+
+
 @contextmanager
 def serving(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run ``trio-dcore serve`` as a program of its own; yield it and the address that it printed."""
@@ -165,9 +180,7 @@ def line_from(program: subprocess.Popen[str]) -> str:
     return program.stdout.readline()
 
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows can't send these signals to one process")
-
-
+@signals
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_in_order(module: str, number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     with (
@@ -185,6 +198,7 @@ def test_a_signal_stops_it_in_order(module: str, number: signal.Signals, capsys:
     assert capsys.readouterr().out == '3\n"held"\n'
 
 
+@signals
 def test_a_second_signal_stops_it_now(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(f"{module}:handlers", "--grace", "inf") as (program, address), ThreadPoolExecutor(1) as pool:
         hanging = pool.submit(main, ["call", address, "hang", "--timeout", "inf"])
@@ -201,6 +215,7 @@ def test_a_second_signal_stops_it_now(module: str, capsys: pytest.CaptureFixture
     assert err.count("\n") == 1
 
 
+@signals
 def test_it_listens_at_several_addresses(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     both = ["--listen", "tcp://127.0.0.1:0", "--listen", "127.0.0.1:0"]
     with serving(f"{module}:Calculator", *both) as (program, first):

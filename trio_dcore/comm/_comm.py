@@ -16,7 +16,7 @@ A frame is atomic: whatever interrupts a write after its first byte, or a read i
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from ..protocol._frames import FrameParser, join_small, pack_prelude, single_fra
 from ..protocol._handshake import Extension, local_handshake, negotiate
 from ..protocol._messages import Decoder, Encoder
 from ._pumps import YIELD_BYTES, Pump
+from ._watch import EndWatch
 
 __all__ = ["BaseComm", "FramedComm"]
 
@@ -138,11 +139,15 @@ class BaseComm(Comm):
         """The descriptor whose hang-up means that the peer has gone, or None where there is none."""
 
     @abstractmethod
-    async def wait_incoming(self) -> bool:
-        """Wait until something more has come and return whether it was bytes (True) or the end (False).
+    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
+        """Have ``on_end`` called when the peer ends the comm, also while nobody reads; a task in ``nursery`` sees to it.
 
-        What comes is kept for the next read.  For watchers, while nobody reads.
+        For comms without a :meth:`socket_fileno`.  Bytes that come meanwhile are kept for the next read.
         """
+
+    @abstractmethod
+    def unwatch_end(self) -> None:
+        """Stop that."""
 
     async def read(self) -> Any:
         await checkpoint_if_cancelled()
@@ -181,6 +186,7 @@ class FramedComm(BaseComm):
         "_pump",
         "_reading",
         "_send_lock",
+        "_watch",
     )
 
     def __init__(self, pump: Pump, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
@@ -193,6 +199,7 @@ class FramedComm(BaseComm):
         self._decoder = _HANDSHAKE_DECODER
         self._send_lock: trio.StrictFIFOLock | None = None
         self._reading = False
+        self._watch: EndWatch | None = None
         self._closed = ""  # why, once it is
         self._ended = False  # the peer has ended its side cleanly
 
@@ -274,8 +281,14 @@ class FramedComm(BaseComm):
         return decoder.resolve(frames)
 
     async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+        watch = None
         if self._reading:
-            raise trio.BusyResourceError("another task is reading this comm")
+            watch = self._watch
+            if watch is None or not watch.reading:
+                raise trio.BusyResourceError("another task is reading this comm")
+            await watch.pause()
+            if self._reading:
+                raise trio.BusyResourceError("another task is reading this comm")
         if self._closed:
             raise self._closed_error()
         parser = self._parser
@@ -309,22 +322,39 @@ class FramedComm(BaseComm):
             raise
         finally:
             self._reading = False
+            if watch is not None:
+                watch.resume()
         self.messages_read += 1
         frame0 = frames[0]
         # As Decoder.has_markers, which says why.
         marked = len(frames) > 1 or frame0.partition(b"__")[1]
         return self._decoder.head(frame0), frames if marked else None
 
+    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
+        self._watch = EndWatch(self, nursery, on_end)
+
+    def unwatch_end(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            if not self._watch.reading:
+                self._watch = None  # else the next read waits for it to let go
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that have been read and not been used yet."""
+        return self._parser.buffered
+
+    def reserve_reading(self, reserved: bool) -> None:
+        """For the watch: from now on, or no longer, it is the one that reads."""
+        self._reading = reserved
+
     async def wait_incoming(self) -> bool:
-        if self._reading:
-            raise trio.BusyResourceError("another task is reading this comm")
-        self._reading = True
+        """For the watch: wait until something more has come; whether it was bytes, or the end."""
         try:
-            return await self._pump.fill(self._parser)
+            self._ended = not await self._pump.fill(self._parser)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             return False  # broken or closed: the next read says how
-        finally:
-            self._reading = False
+        return not self._ended
 
     # -- writing ----------------------------------------------------------------------------------------------------------------
 

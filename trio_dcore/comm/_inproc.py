@@ -104,11 +104,11 @@ class InprocComm(BaseComm):
     def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
         raise AssertionError("inproc messages have no payload frames")  # pragma: no cover - next_head never gives any
 
-    async def wait_incoming(self) -> bool:
-        # The end is told through on_hangup; this only has to notice it for watchers that don't use that.
-        while not self._inbox and not self._peer_closed and not self._closed:
-            await self._wake_reader.park()
-        return bool(self._inbox)
+    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
+        self.on_hangup = on_end
+
+    def unwatch_end(self) -> None:
+        self.on_hangup = None
 
     async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
         await checkpoint_if_cancelled()

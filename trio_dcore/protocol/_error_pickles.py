@@ -148,7 +148,8 @@ def _exception_with_attrs(
     for base in (SyntaxError, UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError):
         if issubclass(kind, base):
             # Their own __init__ is in C and sets what str() is made of; tblib takes it for one of the class and leaves that out.
-            attempt(partial(base.__init__, made, *attrs.get("args", ())), None)
+            initialise: Callable[..., None] = base.__init__
+            attempt(partial(initialise, made, *attrs.get("args", ())), None)
     for name, value in attrs.items():
         BaseException.__setattr__(made, name, value)
     return _chained(made, cause, context, suppress_context, notes)

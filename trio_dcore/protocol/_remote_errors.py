@@ -240,9 +240,10 @@ def _add_data(value: dict[str, Any], exc: BaseException, limit: int) -> bool:
     for name, item in (exc.__dict__ | fields_of(exc)).items():
         if name in _NOT_ATTRIBUTES:
             continue
+        if len(attributes) == _ATTRIBUTES:
+            complete = False
+            break
         try:
-            if len(attributes) == _ATTRIBUTES:
-                raise NotPlain
             attributes[plain(name, room)] = plain(item, room)
         except NotPlain:
             complete = False

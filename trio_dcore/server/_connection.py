@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextvars import Context, copy_context
 from functools import partial
 from types import CoroutineType
@@ -59,7 +60,7 @@ class Connection:
         op: the op in flight, or None.
     """
 
-    __slots__ = ("_awaited", "_gone", "_last_id", "comm", "idle", "op", "scope", "server", "handshaking", "watched")
+    __slots__ = ("_awaited", "_gone", "_last_id", "_watching", "on_wait", "comm", "idle", "op", "scope", "server", "handshaking", "watched")
 
     def __init__(self, server: Server, comm: BaseComm) -> None:
         self.server = server
@@ -70,6 +71,9 @@ class Connection:
         self.idle = False
         self.op: str | None = None
         self._awaited = False  # somebody waits for the answer of the handler that runs
+        self._watching = False
+        #: For handlers' first wait; None where the hang-up watcher or the comm itself tells of the peer's end.
+        self.on_wait: Callable[[], None] | None = None
         self._gone = False  # the peer has hung up
         self._last_id = 0  # of the last opted-in request
 
@@ -114,6 +118,14 @@ class Connection:
         self._gone = True
         if self._awaited:
             self.scope.cancel(reason="the caller has gone")
+
+    def handler_waits(self) -> None:
+        """A handler whose answer is awaited has to wait, and nothing else tells when the peer hangs up."""
+        if self._awaited:
+            nursery = self.server._connection_tasks
+            assert nursery is not None
+            self.comm.watch_end(nursery, self.hung_up)
+            self._watching = True
 
     def retire(self) -> None:
         """The server is draining: close if nothing is in flight."""
@@ -253,6 +265,9 @@ class Connection:
                 server._statistics.in_flight -= 1
                 self._awaited = False
                 self.op = None
+                if self._watching:
+                    self._watching = False
+                    comm.unwatch_end()
         if wanted:
             await self._send_failure(header, failure)
         elif not isinstance(failure, DcoreError):
@@ -302,6 +317,8 @@ class Connection:
         context = copy_context()
         function = entry.function
         if entry.in_thread:
+            if self.on_wait is not None:
+                self.on_wait()
             return await trio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=entry.limiter)
         try:
             result = context.run(function, *args, **kwargs)
@@ -311,7 +328,7 @@ class Connection:
                 raise
             raise mismatch from None
         if type(result) is CoroutineType or hasattr(result, "__await__"):
-            return await drive(context, result, self.server._on_wait(self))
+            return await drive(context, result, self.on_wait)
         return result
 
     async def _run(
@@ -339,7 +356,7 @@ class Connection:
         result = await self._call(entry, args, kwargs, request)
         if hasattr(result, "__anext__") and hasattr(result, "athrow"):
             context: Context = copy_context()
-            await generate(result, context, answer.emit, self.server._on_wait(self))
+            await generate(result, context, answer.emit, self.on_wait)
             result = None
         elif answer.streaming and not entry.takes_comm and result is not None:
             await answer.emit(result)  # a plain handler's only item, as towards a stock server

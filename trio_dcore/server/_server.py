@@ -442,16 +442,15 @@ class BaseServer:
             comm.on_hangup = connection.hung_up
             return
         fileno = comm.socket_fileno()
-        if self._hangups is not None and fileno is not None:
-            self._hangups.watch(fileno, connection.hung_up)
-            connection.watched = fileno
+        if self._hangups is None or fileno is None:
+            connection.on_wait = connection.handler_waits
+            return
+        self._hangups.watch(fileno, connection.hung_up)
+        connection.watched = fileno
 
     def _unwatch(self, connection: Connection) -> None:
         if self._hangups is not None and connection.watched is not None:
             self._hangups.forget(connection.watched, connection.hung_up)
-
-    def _on_wait(self, connection: Connection) -> Callable[[], None] | None:
-        return None
 
 
 def _check_seconds(parameter: str, seconds: float) -> None:
