@@ -31,7 +31,11 @@ class Canary:
     """Unpickling it runs something."""
 
     def __reduce__(self) -> Any:
-        return ran.append, ("unpickled",)
+        return sing, ()
+
+
+def sing() -> None:
+    ran.append("unpickled")
 
 
 class Exits:
@@ -221,7 +225,7 @@ def test_a_reply_that_says_nothing(message: Any) -> None:
         ('ValueError("it\'s")', ValueError, ("it's",), "it's"),
         ("KeyError(('a', 1))", KeyError, (("a", 1),), "('a', 1)"),
         ("FileNotFoundError(2, 'No such file')", FileNotFoundError, (2, "No such file"), "[Errno 2] No such file"),
-        ("OSError(2, 'No such file')", FileNotFoundError, None, "[Errno 2] No such file"),
+        ("OSError(2, 'No such file')", OSError, (2, "No such file"), "[Errno 2] No such file"),
         ("UnicodeDecodeError('utf-8', b'\\xff', 0, 1, 'bad')", UnicodeDecodeError, ("utf-8", b"\xff", 0, 1, "bad"), None),
         ("UnicodeDecodeError('utf-8', b'\\xff', -9, -8, 'bad')", UnicodeError, ("utf-8", b"\xff", -9, -8, "bad"), None),
         ("UnicodeDecodeError('utf-8')", UnicodeError, ("utf-8",), "utf-8"),

@@ -608,9 +608,12 @@ class TestPlainDtypes:
 
     @pytest.mark.parametrize(
         "text",
-        [None, 5, b"<i4", "", "|O", "|O8", "O", "<i3", "|S0", "|V0", "<U0", "i4,i4", "(2,)i4", "<i4[ns]", "<M8[xx]", "<M8[0s]", "<M4[s]",
-         "<U999999999", "int", "|T16", "<i4 ", "<i4\n", "é4", "<f7", "<i99999999999", "datetime64[ns]", ["<i4"]],
-    )  # fmt: skip
+        [
+            *(None, 5, b"<i4", ["<i4"], "", "int", "<i4 ", "<i4\n", "é4", "i4,i4", "(2,)i4", "<i4[ns]", "datetime64[ns]"),
+            *("|O", "|O8", "O", "|T16", "<i3", "<f7", "|S0", "|V0", "<U0", "<U999999999", "<i99999999999"),
+            *("<M8[xx]", "<M8[0s]", "<M4[s]"),
+        ],
+    )
     def test_refused(self, text: object) -> None:
         with pytest.raises(Unreadable):
             plain_dtype(text)
@@ -619,10 +622,12 @@ class TestPlainDtypes:
 class TestReadingScalars:
     @pytest.mark.parametrize(
         "value",
-        [np.datetime64("2020"), np.timedelta64(3, "s"), np.complex128(1j), np.str_("ab"), np.str_(""), np.bytes_(b"a"), np.void(b"abc"),
-         np.float16(1), np.longdouble(2), np.zeros(1, NESTED)[0], np.zeros(1, RECORD)[0]],
+        [
+            *(np.datetime64("2020"), np.timedelta64(3, "s"), np.complex128(1j), np.float16(1), np.longdouble(2)),
+            *(np.str_("ab"), np.str_(""), np.bytes_(b"a"), np.void(b"abc"), np.zeros(1, NESTED)[0], np.zeros(1, RECORD)[0]),
+        ],
         ids=repr,
-    )  # fmt: skip
+    )
     def test_reads_what_numpy_writes(self, value: Any) -> None:
         got = read_scalar(pickle.dumps(value, 5))
         assert type(got) is type(value)
