@@ -26,11 +26,14 @@ class Group:
     Args:
         name: key of the group's measurements.
         same_cpu: server and client share one CPU, as the target of the group asks for.
+        warm_up: measure everything once before it counts.  A virtual machine gets much of its memory from its host only when it is
+            first touched, at a fifth of the speed, and the first probe that needs so much of it would pay for all.
     """
 
     name: str
     probes: tuple[Probe, ...]
     same_cpu: bool = False
+    warm_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Target:
 
     Args:
         metric: key in the measured numbers.
-        over: label of the probe that is judged.
-        under: label of the probe it is divided by; None judges the number itself.
+        over: label of the probe whose number it is.
+        under: label of the probe it is divided by; None for the number itself.
         at_most: upper bound; exclusive with ``at_least``.
         at_least: lower bound.
     """
@@ -133,7 +136,7 @@ _BULK: dict[str, tuple[str, Mapping[str, Any]]] = {"ours": ("ours", {}), "stock"
 
 
 def _echo(mib: int, count: int) -> Case:
-    group = Group(f"echo {mib} MiB", _rows("echo", _BULK, mib=mib, count=count))
+    group = Group(f"echo {mib} MiB", _rows("echo", _BULK, mib=mib, count=count), warm_up=True)
     return Case("T6", f"numpy echo, {mib} MiB", group, {"rate": "MB/s"}, (Target("rate", "ours", "stock", at_least=1.0),))
 
 
@@ -146,9 +149,9 @@ CASES: tuple[Case, ...] = (
         {"p50": "µs"},
         (
             Target("p50", "ours, rpc", "raw", at_most=0.75),
-            Target("p50", "ours, rpc", "stock, rpc", at_most=1 / 3.5),
+            Target("p50", "stock, rpc", "ours, rpc", at_least=3.5),
             Target("p50", "ours, comm", "raw", at_most=0.75),
-            Target("p50", "ours, comm", "stock, comm", at_most=1 / 3.5),
+            Target("p50", "stock, comm", "ours, comm", at_least=3.5),
         ),
     ),
     Case(
@@ -185,7 +188,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "T6",
         "numpy one way, 512 MiB",
-        Group("one way", _rows("one_way", _BULK, mib=512)),
+        Group("one way", _rows("one_way", _BULK, mib=512), warm_up=True),
         {"rate": "MB/s", "receiver": "of the payload, extra memory", "sender": "of the payload, extra memory"},
         (
             Target("rate", "ours", "stock", at_least=1.5),

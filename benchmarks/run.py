@@ -65,6 +65,9 @@ class _Bench:
     def rounds(self, group: Group, probes: Sequence[Probe], count: int) -> list[Round]:
         """Measure a group's probes in turns."""
         found: list[Round] = []
+        if group.warm_up:
+            for probe in probes:
+                self._measure(group, probe)
         for number in range(count):
             # Every round starts with another probe, so that none always runs after the same neighbour.
             turn = number % len(probes)

@@ -148,14 +148,14 @@ class Comm(trio.abc.Channel[Any]):
             UnsafePayload, SerializationError: a payload was refused or is broken; the comm is usable.
         """
 
+    @abstractmethod
     async def send(self, value: Any) -> None:
         """Send one message.  As :meth:`write`, but a comm that was closed here raises trio.ClosedResourceError."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def receive(self) -> Any:
         """Receive one message.  As :meth:`read`, but a clean end raises trio.EndOfChannel and a comm that was closed here
         trio.ClosedResourceError."""
-        raise NotImplementedError
 
     @abstractmethod
     def abort(self) -> None:
@@ -220,10 +220,17 @@ class Listener(trio.abc.AsyncResource):
 
 
 class Transport(ABC):
-    """How comms of one scheme are made; see :func:`trio_dcore.comm.register_transport`."""
+    """How comms of one scheme are made; see :func:`trio_dcore.comm.register_transport`.
+
+    Its comms are of :class:`trio_dcore.comm.BaseComm`, which has more than users of a comm see.  Over any trio stream that is::
+
+        FramedComm(StreamPump(stream), local_address=..., peer=Peer(address, "tcp", verify=...), settings=settings)
+    """
 
     #: What stands before ``://``.
     scheme: str
+    #: Whether its locations are ``host:port``, which then are checked and spelled in one way; else they are any text.
+    host_port: bool = False
     #: Whether nobody on the way can read or change what is sent.
     encrypted: bool = False
 

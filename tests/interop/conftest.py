@@ -50,7 +50,7 @@ class Stock:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="stock loop")
+        self._thread = threading.Thread(target=self._run, name="stock loop", daemon=True)
 
     def __enter__(self) -> Stock:
         self._thread.start()
@@ -61,7 +61,9 @@ class Stock:
         assert self._loop is not None
         assert self._stop is not None
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            raise RuntimeError(f"the stock loop does not end: {asyncio.all_tasks(self._loop)}")
 
     def _run(self) -> None:
         asyncio.run(self._main())
@@ -117,7 +119,7 @@ class Stock:
         """A stock Server for one block."""
 
         async def start() -> StockServer:
-            server = await StockServer(handlers or {}, local_directory=str(self._scratch), **options)
+            server: StockServer = await StockServer(handlers or {}, local_directory=str(self._scratch), **options)
             await server.listen("tcp://127.0.0.1:0")
             return server
 
@@ -134,12 +136,13 @@ class Stock:
 
         async def start_scheduler() -> Scheduler:
             # dashboard=False leaves out bokeh; the plain HTTP server that stays needs a port of its own.
-            return await Scheduler(
+            started: Scheduler = await Scheduler(
                 host="127.0.0.1", port=0, dashboard=False, dashboard_address="127.0.0.1:0", local_directory=str(self._scratch)
             )
+            return started
 
         async def start_worker() -> Worker:
-            return await Worker(
+            started: Worker = await Worker(
                 scheduler.address,
                 nthreads=1,
                 host="127.0.0.1",
@@ -148,6 +151,7 @@ class Stock:
                 local_directory=str(self._scratch),
                 memory_limit=0,
             )
+            return started
 
         with trio.fail_after(_PATIENCE):
             scheduler = await self.run(start_scheduler)
@@ -234,9 +238,9 @@ async def leaves_no_task() -> AsyncIterator[None]:
 
 
 @pytest.fixture
-def leftovers() -> Leftovers:
+def watch() -> type[Leftovers]:
     """For the test of ``leaves_nothing`` itself."""
-    return Leftovers()
+    return Leftovers
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ async def test_the_stream_of_a_client(stock: Any, connected: Any) -> None:
         assert start["op"] == "stream-start"
         await remote.scatter(data={"k": to_serialize(1)}, workers=None, client="us")
         await comm.write([{"op": "heartbeat-client"}, {"op": "client-desires-keys", "keys": ["k"], "client": "us"}])
-        reports = []
+        reports: list[Any] = []
         while "key-in-memory" not in [report["op"] for report in reports]:
             reports += await comm.read()
         assert {report["key"] for report in reports if report["op"] == "key-in-memory"} == {"k"}

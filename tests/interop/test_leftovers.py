@@ -12,15 +12,16 @@ import trio.testing
 from trio_dcore import connect
 
 
-async def test_a_socket_is_seen(leftovers: Any) -> None:
-    assert leftovers.found() == []
+async def test_a_socket_is_seen(watch: Any) -> None:
+    leftovers = watch()
     with socket.socket():
         (target,) = leftovers.found()
         assert "socket" in target
     assert leftovers.found() == []
 
 
-async def test_a_thread_is_seen(leftovers: Any) -> None:
+async def test_a_thread_is_seen(watch: Any) -> None:
+    leftovers = watch()
     end = threading.Event()
     thread = threading.Thread(target=end.wait, name="forgotten")
     thread.start()
@@ -30,7 +31,8 @@ async def test_a_thread_is_seen(leftovers: Any) -> None:
     assert leftovers.found() == []
 
 
-async def test_a_server_and_its_connection_are_seen(ours: Any, leftovers: Any, tasks_of_ours: Any) -> None:
+async def test_a_server_and_its_connection_are_seen(ours: Any, watch: Any, tasks_of_ours: Any) -> None:
+    leftovers = watch()
     async with ours() as server:
         listening = leftovers.found()
         tasks = tasks_of_ours()
@@ -44,7 +46,8 @@ async def test_a_server_and_its_connection_are_seen(ours: Any, leftovers: Any, t
     assert tasks_of_ours() == []
 
 
-async def test_a_stock_server_is_seen(stock: Any, leftovers: Any) -> None:
+async def test_a_stock_server_is_seen(stock: Any, watch: Any) -> None:
+    leftovers = watch()
     async with stock.serve():
         assert leftovers.found() != []
     assert leftovers.found() == []

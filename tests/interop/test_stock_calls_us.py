@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 from collections.abc import AsyncIterator
 from typing import Any
@@ -143,6 +144,10 @@ async def test_one_way_calls(stock: Any, ours: Any, kind: str) -> None:
 async def test_one_way_then_a_call_on_the_same_connection(stock: Any, ours: Any) -> None:
     lines = []
 
+    def note(line: str) -> str:
+        lines.append(line)
+        return "nobody reads this"
+
     async def both() -> Any:
         comm = await stock_connect(server.address)
         assert await stock_send_recv(comm, op="note", line="x", reply=False) is None
@@ -150,7 +155,7 @@ async def test_one_way_then_a_call_on_the_same_connection(stock: Any, ours: Any)
         await comm.close()
         return answer
 
-    async with ours({"note": lambda line: lines.append(line) or "not sent", "add": add}) as server:
+    async with ours({"note": note, "add": add}) as server:
         assert await stock.run(both) == 3
     assert lines == ["x"]
 
@@ -411,10 +416,8 @@ async def test_leaving_a_stream_ends_its_handler(stock: Any, ours: Any) -> None:
 
     async def ticks(comm: Comm) -> None:
         try:
-            i = 0
-            while True:
+            for i in itertools.count():
                 await comm.write(i)
-                i += 1
                 await trio.lowlevel.checkpoint()
         finally:
             ended.set()

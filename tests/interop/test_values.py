@@ -171,7 +171,7 @@ async def test_our_client_sends_and_gets_arrays(stock: Any, connected: Any, arra
 
 
 async def test_arrays_inside_containers(stock: Any, ours: Any, connected: Any, same: Check) -> None:
-    arrays = {"first": numpy.arange(5.0), "rest": [numpy.arange(10**5), numpy.eye(3)[::2]]}
+    arrays: dict[str, Any] = {"first": numpy.arange(5.0), "rest": [numpy.arange(10**5), numpy.eye(3)[::2]]}
     recorder = _Recorder()
     async with ours({"same": recorder.handler}) as server:
         back = await stock.call("rpc", server.address, lambda remote: remote.same(x=arrays))
@@ -204,6 +204,7 @@ async def test_status_enums(stock: Any, ours: Any, connected: Any) -> None:
         back = await stock.call("rpc", server.address, lambda remote: remote.same(x=StockStatus.paused))
     assert recorder.seen is trio_dcore.Status.paused
     assert back is StockStatus.paused
+    recorder = _Recorder()
     async with stock.serve({"same": recorder.handler}) as server, connected("rpc", server.address) as remote:
         back = await remote.same(x=trio_dcore.Status.closing)
     assert recorder.seen is StockStatus.closing

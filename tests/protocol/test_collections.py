@@ -148,6 +148,14 @@ class TestWrappersInside:
                 else:
                     with pytest.raises(UnsafePayload, match="would be passed on"):
                         serialize(outer, EncodeContext())
+                    serialize(outer, EncodeContext(forward_untrusted=True))
+
+    def test_pickle_is_not_passed_on_to_a_stranger(self) -> None:
+        ours = Serialized(*serialize(len, EncodeContext()))
+        with pytest.raises(UnsafePayload, match="is not trusted with one"):
+            serialize([ours], EncodeContext(allow_pickle=lambda: False))
+        array = Serialized(*serialize(ARRAY, EncodeContext()))
+        assert serialize([array], EncodeContext(allow_pickle=lambda: False))[0]["frame-lengths"] == [1]
 
 
 class TestSelfContaining:

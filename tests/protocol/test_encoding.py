@@ -127,8 +127,9 @@ def test_serializers_are_about_serialize_only() -> None:
     ctx = EncodeContext(serializers=("msgpack",))
     frames = dumps([np.arange(2), Serialize(1), Plain()], ctx)
     assert [msgpack.unpackb(frames[k]).get("serializer") for k in (1, 3, 5)] == ["dask", "msgpack", None]
-    with pytest.raises(LocalProtocolError, match="'nonsense'"):
+    with pytest.raises(SerializationError, match="nonsense") as caught:
         dumps([Serialize(1)], EncodeContext(serializers=("nonsense",)))
+    assert caught.value.path == "[0]"
 
 
 def test_compression_and_shards() -> None:
@@ -138,6 +139,11 @@ def test_compression_and_shards() -> None:
         header = msgpack.unpackb(frames[k])
         assert (header["num-sub-frames"], header["compression"]) == (3, ["zlib"] * 3)
     assert (stock.loads(frames)["y"] == data).all()
+
+
+def test_an_unknown_codec_is_the_callers_error() -> None:
+    with pytest.raises(LocalProtocolError, match="'nonsense'"):
+        dumps(np.zeros(50_000), EncodeContext(compression="nonsense"))
 
 
 def test_an_object_dtype_is_no_array_for_strangers() -> None:
@@ -637,7 +643,8 @@ def test_an_encoder_is_no_reference_cycle() -> None:
 
 
 def test_a_large_message_leaves_no_large_buffer() -> None:
-    encoder = Encoder(EncodeContext())
+    encoder = Encoder(TRUSTED_STOCK)
+    assert encoder.ctx is TRUSTED_STOCK
     before = encoder._idle[0]
     encoder.encode(b"x" * 100)
     assert encoder._idle == [before]

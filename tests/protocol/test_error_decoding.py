@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from trio_dcore.protocol._error_decoding import exception_from_reply, exception_from_value
@@ -23,6 +23,9 @@ from trio_dcore.protocol._errors import (
     UnknownOp,
 )
 from trio_dcore.protocol._types import Serialized
+
+# The same examples in every run, and no verdict on how busy the machine is.
+SOBER = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 ran: list[str] = []
 
@@ -566,26 +569,26 @@ replies = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(SOBER, max_examples=200)
 @given(values | anything)
 @example({"code": "error", "type": "x", "message": "m", "errors": [{"errors": [{}]}] * 3})
 def test_any_value_is_an_error_of_ours(value: object) -> None:
     check(exception_from_value(value, allow_pickle=no), refusals=True)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(SOBER, max_examples=200)
 @given(replies | anything)
 def test_any_reply_is_an_error_of_ours(message: object) -> None:
     check(exception_from_reply(message, allow_pickle=no), refusals=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(SOBER, max_examples=200)
 @given(st.text(max_size=60) | st.builds("{}({})".format, st.sampled_from(["ValueError", "OSError", "X"]), st.text(max_size=60)))
 def test_any_text_is_an_error_of_ours(text: str) -> None:
     check(exception_from_reply(reply(exception_text=text), allow_pickle=never))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(SOBER, max_examples=200)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_an_error_of_ours(data: bytes) -> None:
     # Not random opcodes that happen to name a callable: those are what trust is about.

@@ -202,8 +202,7 @@ def test_a_deep_traceback_keeps_the_innermost_frames() -> None:
     def deep(levels: int) -> None:
         if levels % 2:
             deep(levels - 1)
-        elif levels:
-            deep(levels - 1)
+        deep(levels - 1) if levels else None
         raise ValueError("deep")
 
     with pytest.raises(ValueError, match="deep") as caught:

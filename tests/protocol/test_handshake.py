@@ -7,11 +7,14 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trio_dcore.protocol._errors import RemoteProtocolError
 from trio_dcore.protocol._handshake import FEATURES, Extension, local_handshake, negotiate
+
+# The same examples in every run, and no verdict on how busy the machine is.
+SOBER = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 LOCAL = local_handshake(compression=None, window=(16, 2**20))
 
@@ -198,6 +201,7 @@ handshakes = st.fixed_dictionaries(
 )
 
 
+@settings(SOBER, max_examples=200)
 @given(values | handshakes)
 def test_anything_is_a_handshake_or_a_protocol_error(remote: object) -> None:
     try:

@@ -63,6 +63,7 @@ def test_a_long_path_is_cut() -> None:
 
 def test_what_is_not_there_has_no_path() -> None:
     assert find_path({"a": [1, {2}]}, is_here) is None
+    assert find_path(1, is_here) is None
 
 
 def test_an_exttype_is_no_container() -> None:

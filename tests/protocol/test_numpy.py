@@ -526,6 +526,13 @@ class TestReadingDtypes:
             b"N",  # two values
             b"K\x01h\x00R",
             b"h\x00)R",
+            b"h\x00\x8c\x02i4\x88\x88\x87R",
+            b"h\x00K\x01\x89\x88\x87R",
+            b"h\x00h\x00\x89\x88\x87R",
+            b"\x8c\x05numpy\x8c\x06record\x93)R",
+            b"\x8c\x16numpy._core.multiarray\x8c\x06scalar\x93)R",
+            b"\x8c\x16numpy._core.multiarray\x8c\x06scalar\x93K\x01C\x04abcd\x86R",
+            b"h\x00\x8c\x05numpy\x8c\x06record\x93\x89\x88\x87R(K\x03\x8c\x01|NNNK\x08K\x01K\x00tb",  # without fields
             b"\x8c\x01a\x8c\x01b\x93",
             b"K\x01K\x02\x93",
             b"K\x01b",
@@ -699,6 +706,13 @@ class TestLies:
     def test_is_refused(self, changes: dict[str, Any]) -> None:
         header, frames = header_of(GRID, **changes)
         with pytest.raises(RemoteProtocolError, match="the header of a numpy array"):
+            deserialize(header, frames, DecodeContext())
+
+    def test_more_dimensions_than_numpy_takes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # As with numpy 1, which takes 32.
+        monkeypatch.setattr("trio_dcore.protocol._numpy._MAX_DIMENSIONS", 100)
+        header, frames = header_of(GRID, shape=(1,) * 65, strides=(0,) * 65)
+        with pytest.raises(RemoteProtocolError, match="can't be used"):
             deserialize(header, frames, DecodeContext())
 
     def test_missing_keys(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trio_dcore.protocol._errors import (
@@ -32,6 +32,9 @@ from trio_dcore.protocol._errors import (
     UnsafePayload,
 )
 from trio_dcore.protocol._remote_errors import error_reply, error_value, exception_from_reply, exception_from_value
+
+# The same examples in every run, and no verdict on how busy the machine is.
+SOBER = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def yes() -> bool:
@@ -215,6 +218,14 @@ def test_attributes_of_a_builtin_exception_travel() -> None:
     trusted = by_value(exc, trusted=True)
     assert trusted.hidden == Opaque()
     assert trusted.original.hidden == Opaque()
+
+
+def test_many_attributes_take_a_pickle() -> None:
+    exc = ValueError("nope")
+    exc.__dict__.update({f"name{n}": n for n in range(40)})
+    assert not hasattr(by_value(exc), "name32")
+    assert by_value(exc).name31 == 31
+    assert by_value(exc, trusted=True).name39 == 39
 
 
 def test_a_class_of_a_trusted_peer_is_rebuilt() -> None:
@@ -499,6 +510,18 @@ def test_a_group_to_a_stock_client() -> None:
     trusted = by_stock_client(group, trusted=True)
     assert isinstance(trusted, ExceptionGroup)
     assert [type(leaf) for leaf in trusted.exceptions] == [ValueError, Custom]
+
+
+def test_a_group_that_is_too_large_as_it_is() -> None:
+    def large(n: int) -> Custom:
+        exc = Custom(n, "x")
+        exc.blob = b"x" * 100_000  # type: ignore[attr-defined]
+        return exc
+
+    assert type(by_stock_client(large(1), trusted=True)) is Custom
+    group = by_stock_client(ExceptionGroup("g", [large(n) for n in range(5)]), trusted=True)
+    assert isinstance(group, ExceptionGroup)
+    assert [type(leaf) for leaf in group.exceptions] == [ValueError] * 5
 
 
 def test_a_large_group_is_bounded() -> None:
@@ -968,6 +991,14 @@ def test_the_limit_is_kept(limit: int) -> None:
         assert len(str(pickle.loads(reply["exception"]))) <= limit + 30
 
 
+def test_a_large_limit_is_kept_as_well() -> None:
+    for exc in (ValueError("\U0001f600" * 1_000_000), ExceptionGroup("g", [ValueError("v" * 1_000_000), KeyError(1)])):
+        exc.add_note("n" * 1_000_000)
+        reply = error_reply(exc, trusted=True, extension=False, limit=1_000_000)
+        assert type(pickle.loads(reply["exception"])) is type(exc)
+        assert len(reply["exception_text"]) <= 1_000_000
+
+
 def test_a_limit_of_nothing_is_a_limit_of_one() -> None:
     assert len(error_value(ValueError("abc"), trusted=False, limit=0)["message"]) == 1
 
@@ -1026,7 +1057,7 @@ builtin_kinds = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(SOBER, max_examples=200)
 @given(builtin_kinds, st.lists(plain_values, max_size=3))
 def test_builtin_exceptions_of_any_plain_arguments(kind: type[Exception], args: list[Any]) -> None:
     try:

@@ -24,10 +24,11 @@ from ._addressing import (
 from ._comm import BaseComm, FramedComm
 from ._connect import check_encryption, connect, connect_with
 from ._hangup import HangupWatcher
-from ._inproc import InprocComm
+from ._inproc import InprocComm, InprocTransport
 from ._pumps import Pump, SocketPump, StreamPump
 from ._registry import get_transport, register_transport
 from ._substream import Substream, SubstreamComm
+from ._tcp import TCPTransport
 
 __all__ = [
     "BaseComm",
@@ -63,3 +64,6 @@ __all__ = [
     "unparse_host_port",
     "uri_from_host_port",
 ]
+
+register_transport(TCPTransport())
+register_transport(InprocTransport())

@@ -19,6 +19,7 @@ import trio
 
 from ..errors import AddressError
 from ._hosts import get_ip, get_local_ip_towards, interface_ip, numeric_host
+from ._registry import find_transport, registered_schemes
 
 __all__ = [
     "DEFAULT_SCHEME",
@@ -41,6 +42,7 @@ __all__ = [
 #: What an address without a scheme is taken for (``distributed.comm.default-scheme``).
 DEFAULT_SCHEME = "tcp"
 
+# The project's own schemes are read also where their transport isn't there; others by what their transport says.
 _HOST_PORT_SCHEMES = frozenset({"tcp", "tls"})
 _SCHEMES = ("tcp", "tls", "unix", "inproc")
 
@@ -150,9 +152,9 @@ def get_address_host_port(address: str, strict: bool = False) -> tuple[str, int]
         AddressError: its scheme knows no host and port, or they are malformed; ``strict``, and it has no scheme.
     """
     scheme, location = parse_address(address, strict)
-    if scheme in _HOST_PORT_SCHEMES:
+    if _has_host_port(scheme):
         return parse_host_port(location)
-    if scheme in _SCHEMES:
+    if _is_known(scheme):
         raise AddressError(f"address {address!r} has no host and port: it is {scheme}://, not one of tcp:// and tls://")
     raise _unknown_scheme(scheme, address)
 
@@ -166,16 +168,18 @@ def get_address_host(address: str) -> str:
     '10.0.0.5'
 
     Raises:
-        AddressError: malformed, or of an unknown scheme.
+        AddressError: malformed, of an unknown scheme, or of a registered one that knows no hosts.
     """
     scheme, location = parse_address(address)
-    if scheme in _HOST_PORT_SCHEMES:
+    if _has_host_port(scheme):
         return parse_host_port(location)[0]
     if scheme == "inproc":
         # Dask's form is ip/pid/number; ours may be any name, and is always in this very process.
         return numeric_host(location.partition("/")[0]) or get_ip()
     if scheme == "unix":
         return get_ip()
+    if _is_known(scheme):
+        raise AddressError(f"address {address!r} has no host: {scheme}:// locations are not host:port")
     raise _unknown_scheme(scheme, address)
 
 
@@ -190,9 +194,9 @@ async def resolve_address(address: str) -> str:
         AddressError: malformed, or the name is unknown; ``__cause__`` then is the resolver's error.
     """
     scheme, location = parse_address(address)
-    if scheme not in _SCHEMES:
+    if not _is_known(scheme):
         raise _unknown_scheme(scheme, address)
-    if scheme not in _HOST_PORT_SCHEMES:
+    if not _has_host_port(scheme):
         await trio.lowlevel.checkpoint()
         return address
     host, port = parse_host_port(location)
@@ -213,8 +217,8 @@ async def get_local_address_for(address: str) -> str:
     if scheme == "inproc":
         await trio.lowlevel.checkpoint()
         return new_inproc_address()
-    if scheme not in _HOST_PORT_SCHEMES:
-        if scheme in _SCHEMES:
+    if not _has_host_port(scheme):
+        if _is_known(scheme):
             raise AddressError(f"address {address!r}: which local path to use can't be told from it; choose one")
         raise _unknown_scheme(scheme, address)
     host = await _resolve_host(parse_host_port(location)[0], address)
@@ -247,8 +251,8 @@ def coerce_to_address(address: str | tuple[str, int | str] | list[str | int]) ->
         scheme = DEFAULT_SCHEME
     else:
         scheme, location = parse_address(address)
-        if scheme not in _HOST_PORT_SCHEMES:
-            if scheme not in _SCHEMES:
+        if not _has_host_port(scheme):
+            if not _is_known(scheme):
                 raise _unknown_scheme(scheme, address)
             return address
         host, port = parse_host_port(location)
@@ -291,8 +295,8 @@ def listen_address(
     if not isinstance(where, str):
         raise TypeError(f"can't listen on {where!r}: give a port, (host, port), 'host:port' or an address")
     scheme, location = parse_address(where) if "://" in where else (default_scheme, where)
-    if scheme not in _HOST_PORT_SCHEMES:
-        if scheme not in _SCHEMES:
+    if not _has_host_port(scheme):
+        if not _is_known(scheme):
             raise _unknown_scheme(scheme, where)
         return unparse_address(scheme, location)
     if location.isdecimal():
@@ -412,8 +416,19 @@ def _checked_port(port: int | str, whole: object) -> int:
     return port
 
 
+def _has_host_port(scheme: str) -> bool:
+    if scheme in _HOST_PORT_SCHEMES:
+        return True
+    transport = find_transport(scheme)
+    return transport is not None and transport.host_port
+
+
+def _is_known(scheme: str) -> bool:
+    return scheme in _SCHEMES or find_transport(scheme) is not None
+
+
 def _unknown_scheme(scheme: str, address: str) -> AddressError:
-    known = ", ".join(f"{name}://" for name in _SCHEMES)
+    known = ", ".join(f"{name}://" for name in dict.fromkeys((*_SCHEMES, *registered_schemes())))
     return AddressError(f"address {address!r}: unknown scheme {scheme!r}; known are {known}")
 
 

@@ -51,6 +51,7 @@ class TCPTransport(Transport):
     """TCP over IPv4 and IPv6."""
 
     scheme = "tcp"
+    host_port = True
 
     async def connect(self, location: str, settings: CommSettings) -> FramedComm:
         host, port = parse_host_port(location)

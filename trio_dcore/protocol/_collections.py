@@ -15,13 +15,17 @@ from ._errors import RemoteProtocolError, SerializationError, UnsafePayload
 from ._registry import find_for_class
 from ._types import Serialize, Serialized
 
-__all__ = ["COLLECTIONS", "dump", "is_iterated", "keys_fit", "load", "sub_headers"]
+__all__ = ["COLLECTIONS", "dump", "is_iterated", "is_plain", "keys_fit", "load", "sub_headers"]
 
 Header = dict[str, Any]
 
 #: Exactly these; subclasses such as namedtuple or defaultdict would come back as their base.
 COLLECTIONS = frozenset({list, tuple, set, dict})
 _BY_NAME: dict[object, type] = {cls.__name__: cls for cls in COLLECTIONS}
+_SCALARS = frozenset({type(None), bool, int, float})
+# A text that is better sent in a frame of its own, which a receiver's limit on packed collections doesn't bound.
+_LONG = 64 * 1024
+_PLAIN_DEPTH = 64  # far from where msgpack ends, at 511
 
 
 def is_iterated(value: Any, serializers: tuple[str, ...]) -> bool:
@@ -52,6 +56,22 @@ def keys_fit(value: dict[Any, Any]) -> bool:
     except Exception:  # a key's type, an integer too large, nesting too deep
         return False
     return True
+
+
+def is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether msgpack gives back exactly this: of the collections only tuples and dicts, and without long texts in them."""
+    kind = type(value)
+    if kind is str or kind is bytes:
+        return depth == 0 or len(value) <= _LONG
+    if kind in _SCALARS:
+        return True
+    if depth > _PLAIN_DEPTH:
+        return False
+    if kind is tuple:
+        return all(is_plain(item, depth + 1) for item in value)
+    if kind is dict:
+        return all(is_plain(key, depth + 1) and is_plain(item, depth + 1) for key, item in value.items())
+    return False
 
 
 def dump(value: Any, element: Callable[[Any], tuple[Header, list[Buffer]]]) -> tuple[Header, list[Buffer]]:

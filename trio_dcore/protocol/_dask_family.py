@@ -22,8 +22,8 @@ __all__ = ["dump", "load", "needs_pickle"]
 
 Header = dict[str, Any]
 
-# What memoryview.cast takes, without the pointer type.
-_FORMATS = frozenset("?bBchHiIlLqQnNefd")
+# What memoryview.cast takes in every Python (the half-precision "e" came later), without the pointer type.
+_FORMATS = frozenset("?bBchHiIlLqQnNfd")
 
 
 def dump(value: object, ctx: EncodeContext) -> tuple[Header, list[Buffer]]:

@@ -43,7 +43,7 @@ class Decoder:
         self._ext_hook: Callable[[int, bytes], object] = _untagged_ext if extensions else ExtType
 
     def head(self, frame0: Buffer) -> Any:
-        """Decode frame 0 and leave markers in place: nothing is deserialized, unpickled, looked up or imported.
+        """Decode frame 0 and leave markers in place: nothing is deserialized, unpickled or looked up.
 
         It is the whole message unless :meth:`has_markers`.  In place means a dict with the marker's keys.
 
@@ -56,12 +56,15 @@ class Decoder:
             raise
         except (TypeError, TagSeen):
             # Something can't be hashed as it is.  It may be a marker as the key of a map, which resolves to something that can.
-            return _Unresolved(self._extensions).read(frame0)
+            return _Reader(self._extensions).read(frame0)
         except Exception as exc:
             raise _invalid("frame 0", exc) from exc
 
     def has_markers(self, frames: Sequence[Buffer]) -> bool:
-        """Whether :meth:`resolve` may give anything else than :meth:`head`; cheap."""
+        """Whether :meth:`resolve` may give anything else than :meth:`head`; cheap.
+
+        Every key that makes a map a marker holds two underscores, and so do dicts sent in another form because of such a key.
+        """
         return len(frames) != 1 or _TWO_UNDERSCORES.search(frames[0]) is not None
 
     def resolve(self, frames: Sequence[Buffer]) -> Any:
@@ -96,8 +99,15 @@ def _untagged_ext(code: int, payload: bytes) -> object:
     return value
 
 
+class _Marker(dict[Any, Any]):
+    """A marker left in place.  It can be hashed, since what it stands for may be the key of a map."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+
 class _Reader:
-    """Reads frame 0 with a hook for its maps, once.
+    """Reads frame 0 with a hook for its maps, once, and leaves markers in place.
 
     Args:
         extensions: read extension values of the safe types as such.
@@ -140,23 +150,6 @@ class _Reader:
         return self._marker(value)
 
     def _marker(self, value: dict[Any, Any]) -> Any:
-        raise NotImplementedError
-
-
-class _Marker(dict[Any, Any]):
-    """A marker left in place.  It can be hashed, since what it stands for may be the key of a map."""
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)
-
-
-class _Unresolved(_Reader):
-    """Leaves markers in place."""
-
-    def _marker(self, value: dict[Any, Any]) -> Any:
         return _Marker(value)
 
 
@@ -169,14 +162,12 @@ class _Resolution(_Reader):
         self._ctx = ctx
         self._taken = bytearray(len(frames))
         self._budget: Budget | None = None
-        self._at: tuple[str, int] | None = None
+        self._at = "", 0
 
     def path(self) -> str:
         """Where the marker stands that was being resolved last."""
-        if self._at is None:
-            return ""
         key, index = self._at
-        message = _Unresolved(self._extensions).read(self._frames[0])
+        message = _Reader(self._extensions).read(self._frames[0])
         return find_path(message, lambda value: isinstance(value, dict) and value.get(key) == index) or ""
 
     def _marker(self, value: dict[Any, Any]) -> Any:

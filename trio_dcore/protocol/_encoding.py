@@ -86,14 +86,13 @@ class Encoder:
                 packer = self._new_packer()
         except BaseException as exc:
             try:
-                error = self._explained(message, exc)
+                if isinstance(exc, Exception) and not isinstance(exc, MemoryError):
+                    self._explain(message, exc)
+                raise
             finally:
                 self._hook.reset()
                 packer.reset()
                 self._idle.append(packer)
-            if error is exc:
-                raise
-            raise error from exc
         self._idle.append(packer)
         return frames
 
@@ -111,26 +110,24 @@ class Encoder:
         hook.reset()
         return frames
 
-    def _explained(self, message: object, exc: BaseException) -> BaseException:
-        """The error to raise instead of ``exc``: one that says where in the message the fault lies."""
-        if not isinstance(exc, Exception) or isinstance(exc, MemoryError):
-            return exc
+    def _explain(self, message: object, exc: Exception) -> None:
+        """Raise an error that says where in the message the fault lies; return if ``exc`` itself is the one to raise."""
         culprit = self._hook.culprit
         if culprit is None:
             text, path = _diagnose(message, exc)
-            return SerializationError(at(path, text), path=path)
+            raise SerializationError(at(path, text), path=path) from exc
         if isinstance(culprit, Escaped):
             culprit = culprit.original
         path = find_path(message, lambda value: value is culprit) or ""
         if isinstance(exc, UnsafePayload):
             path += exc.field
-            return UnsafePayload(at(path, str(exc)), field=path)
+            raise UnsafePayload(at(path, str(exc)), field=path) from exc
         if isinstance(exc, SerializationError):
             path += exc.path
-            return SerializationError(at(path, str(exc)), path=path)
-        if isinstance(exc, DcoreError):
-            return exc
-        return SerializationError(at(path, f"{_kind(culprit)} can't be serialized: {type(exc).__name__}: {exc}"), path=path)
+            raise SerializationError(at(path, str(exc)), path=path) from exc
+        if not isinstance(exc, DcoreError):
+            text = f"{_kind(culprit)} can't be serialized: {type(exc).__name__}: {exc}"
+            raise SerializationError(at(path, text), path=path) from exc
 
 
 class _Hook:

@@ -23,7 +23,8 @@ _CLASSES = frozenset(BUILTINS.values())
 
 # What repr() makes of strings, bytes, numbers and containers of these: no operator, no name, no escape that Python warns of.
 _ESCAPE = r"""\\(?:[\\'"nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})"""
-_STRING = rf"""b?(?:'(?:[^'\\\n]|{_ESCAPE})*'|"(?:[^"\\\n]|{_ESCAPE})*")"""
+# (No quote follows: what opens with three of them would be read otherwise by the parser than here.)
+_STRING = rf"""b?(?:'(?:[^'\\\n]|{_ESCAPE})*'|"(?:[^"\\\n]|{_ESCAPE})*")(?!['"])"""
 _NUMBER = r"-?\d[\d.]{0,400}(?:e[+-]\d{1,3})?(?![\w.])"
 _TOKEN = re.compile(rf"\s*(?:{_STRING}|{_NUMBER}|(?:None|True|False)\b|([(\[{{])|([)\]}}])|[,:])\s*")
 _MAX_TOKENS = 1000

@@ -260,12 +260,8 @@ def _group(
 ) -> RemoteError:
     if len(leaves) == 1:
         return leaves[0]
-    for candidate in (kind, ExceptionGroup):
-        cls = adapted(candidate)
-        made = attempt(partial(build, cls, (message, leaves), {}), None) if cls is not None else None
-        if isinstance(made, RemoteError):
-            return _finish(made, facts, original)
-    return _finish(RemoteError(), facts, original)
+    cls = adapted(kind) or adapted(ExceptionGroup)
+    return _finish(cast(RemoteError, build(cast("type[RemoteError]", cls), (message, leaves), {})), facts, original)
 
 
 def _from_names(value: dict[Any, Any], facts: _Facts) -> RemoteError:

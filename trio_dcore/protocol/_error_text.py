@@ -250,19 +250,18 @@ def traceback_of(exc: BaseException, limit: int) -> str:
 def _chain_text(exc: BaseException, limit: int) -> str:
     parts: list[str] = []
     seen: set[int] = set()
-    link: BaseException | None = exc
-    while link is not None:
-        seen.add(id(link))
-        parts.append(_link_text(link, limit))
-        between, link = (
-            (_CAUSE, link.__cause__) if link.__cause__ is not None or link.__suppress_context__ else (_CONTEXT, link.__context__)
-        )
-        if link is None or id(link) in seen:
+    while True:
+        seen.add(id(exc))
+        parts.append(_link_text(exc, limit))
+        is_cause = exc.__cause__ is not None or exc.__suppress_context__
+        earlier = exc.__cause__ if is_cause else exc.__context__
+        if earlier is None or id(earlier) in seen:
             break
-        parts.append(between)
+        parts.append(_CAUSE if is_cause else _CONTEXT)
         if len(seen) == _CHAIN:
             parts.append("… earlier exceptions left out …\n")
             break
+        exc = earlier
     return "".join(reversed(parts))
 
 

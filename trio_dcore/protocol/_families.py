@@ -107,8 +107,8 @@ def _dump(value: Any, ctx: EncodeContext, iterate: bool, outer: tuple[int, ...])
     """
     kind = type(value)
     if kind is Serialized:
-        if not value.trusted and needs_pickle(value.header):
-            raise UnsafePayload("a payload from a peer that is not trusted would be passed on, and reading it takes a pickle")
+        if needs_pickle(value.header):
+            _may_pass_on(value, ctx)
         return dict(value.header), list(value.frames)
     if kind is Serialize:
         return _dump(value.data, ctx, True, outer)
@@ -133,6 +133,14 @@ def _dump(value: Any, ctx: EncodeContext, iterate: bool, outer: tuple[int, ...])
             f"Could not serialize object of type {kind.__name__}".encode(),
             text[-_ERROR_TEXT:].encode(errors="replace"),
         ]
+
+
+def _may_pass_on(value: Serialized, ctx: EncodeContext) -> None:
+    # To a peer that trusts us, a stranger's pickle would be ours: that it may be sent pickles is no excuse.
+    if not value.trusted and not ctx.forward_untrusted:
+        raise UnsafePayload("a payload from a peer that is not trusted would be passed on, and reading it takes a pickle")
+    if not ctx.allow_pickle():
+        raise UnsafePayload("a payload that takes a pickle to read would be passed on, and this peer is not trusted with one")
 
 
 def _by_family(
@@ -166,7 +174,7 @@ def _kind(value: object) -> str:
 def _without_pickle(value: Any, ctx: EncodeContext, iterate: bool, outer: tuple[int, ...]) -> tuple[Header, list[Buffer]]:
     """Plain data as the msgpack family, which stock reads too, for a peer that must not be sent pickles."""
     if ctx.serializers is None:
-        if _is_plain(value):
+        if _collections.is_plain(value):
             try:
                 return _write_msgpack(value, ctx)
             except NotImplementedError:  # an integer of more than 64 bits, or a lone surrogate
@@ -177,28 +185,6 @@ def _without_pickle(value: Any, ctx: EncodeContext, iterate: bool, outer: tuple[
         f"a value of type {_kind(value)} travels as a pickle, and this peer is not trusted with one; "
         "use tls:// with your own CA or unix://, or Security(pickle='always') on both sides of a closed network"
     )
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether msgpack gives back exactly this: of the collections only tuples and dicts, and without long texts in them."""
-    kind = type(value)
-    if kind is str or kind is bytes:
-        return depth == 0 or len(value) <= _LONG
-    if kind in _SCALARS:
-        return True
-    if depth > _MAX_DEPTH:
-        return False
-    if kind is tuple:
-        return all(_is_plain(item, depth + 1) for item in value)
-    if kind is dict:
-        return all(_is_plain(key, depth + 1) and _is_plain(item, depth + 1) for key, item in value.items())
-    return False
-
-
-_SCALARS = frozenset({type(None), bool, int, float})
-_LONG = (
-    64 * 1024
-)  # a text that is better sent in a frame of its own, which a receiver's limit on packed collections doesn't bound
 
 
 def _write_pickle(value: object, ctx: EncodeContext) -> tuple[Header, list[Buffer]]:
@@ -276,7 +262,8 @@ def unpickle_parts(header: Header, frames: list[Buffer], ctx: DecodeContext, *, 
         raise RemoteProtocolError("the header of a pickled value has no proper 'pickled-obj'")
     if not ctx.allow_pickle():
         raise UnsafePayload("a pickle came from a peer that is not trusted; it was not loaded")
-    return pickle_loads(data, _plain_frames(header, frames, ctx, budget))
+    # What is decompressed is read-only with most codecs, and the header doesn't say how it was: arrays come writable in any case.
+    return pickle_loads(data, [_with_writeable(frame, True) for frame in _plain_frames(header, frames, ctx, budget)])
 
 
 def _map(header: object) -> Header:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, field, fields
 
 KiB = 2**10
 MiB = 2**20
@@ -28,7 +29,7 @@ def _default_connections() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Sizes in bytes, times in seconds.  None turns a limit off.
+    """Sizes in bytes and counts are whole numbers, times are seconds.  None turns a limit off.
 
     A limit that is hit is a typed error naming the limit and its field, and is refused before the memory is committed.  Where a
     field has a ``*_trusted`` twin, the twin holds for peers that are trusted (see :class:`~trio_dcore.Security`).
@@ -65,7 +66,7 @@ class Limits:
     head_trusted: int | None = 64 * MiB
     frames: int | None = 1024
     frames_trusted: int | None = 4096
-    connections: int | None = -1  # replaced in __post_init__: depends on the process
+    connections: int | None = field(default_factory=_default_connections)
     handshaking: int | None = 64
     handshake_timeout: float | None = 10.0
     progress_timeout: float | None = 30.0
@@ -84,15 +85,20 @@ class Limits:
     error_text: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.connections == -1:
-            object.__setattr__(self, "connections", _default_connections())
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
             if value is None:
-                if field.name in _NEVER_OFF:
-                    raise ValueError(f"Limits({field.name}=None): this limit can't be turned off; give a number")
+                if name in _NEVER_OFF:
+                    raise ValueError(f"Limits({name}=None): this limit can't be turned off; give a number")
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"Limits({field.name}={value!r}): must be a number or None")
-            if value != value or value < 0 or (value == 0 and field.name != "linger"):
-                raise ValueError(f"Limits({field.name}={value!r}): must be above 0, or None for no limit")
+                raise TypeError(f"Limits({name}={value!r}): must be a number or None")
+            if value != value or value < 0 or (value == 0 and name != "linger"):
+                raise ValueError(f"Limits({name}={value!r}): must be above 0, or None for no limit")
+            if value == math.inf and name in _NEVER_OFF:
+                raise ValueError(f"Limits({name}={value!r}): this limit can't be turned off; give a number")
+            if isinstance(value, float) and str(each.type).startswith("int"):
+                # 1e9 is a fine way to write a size; what is sliced or counted with needs an int all the same.
+                if not value.is_integer():
+                    raise ValueError(f"Limits({name}={value!r}): must be a whole number, or None for no limit")
+                object.__setattr__(self, name, int(value))

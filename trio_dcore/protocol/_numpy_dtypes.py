@@ -29,8 +29,8 @@ _MAX_DEPTH = 32
 _MAX_ITEMSIZE = 2**31 - 1  # numpy's own limit for what a constructor takes
 _MAX_SUBARRAY_DIMENSIONS = 32
 
-# bool, integers, floats, complex, bytes, str, void, datetime, timedelta; never O (pointers) or T.  numpy takes a unit of 0 seconds,
-# and divides by it.
+# bool, integers, floats, complex, bytes, str, void, datetime, timedelta; never O (pointers) or T.  numpy would take a unit of 0
+# seconds, and divide by it.
 _DTYPE = re.compile(r"[<>|=]?([biufcSUVMm])(\d{1,9})(\[([1-9]\d{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")
 _ALIGNED = 0x80  # the flag bit of a dtype made with align=True
 

@@ -74,7 +74,7 @@ class _Adapted(RemoteError):
         return self.message
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}{self.args!r}" if len(self.args) != 1 else f"{type(self).__name__}({self.args[0]!r})"
+        return f"{type(self).__name__}({', '.join(map(repr, args_of(self)))})"
 
     def __setattr__(self, name: str, value: object) -> None:
         # A frozen T would refuse even __traceback__, which contextlib and others set.
@@ -82,8 +82,8 @@ class _Adapted(RemoteError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is not importable by name, and T may be picky about arguments: send T and the state.
-        _cls, args, state = super().__reduce__()
-        return (restore, (self.adapts, args, fields_of(self)), state)
+        state = {name: value for name, value in self.__dict__.items() if name != "original"}
+        return (restore, (self.adapts, args_of(self), fields_of(self)), state)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return self.__reduce__()
@@ -198,7 +198,7 @@ def stood_for(exc: RemoteError) -> BaseException:
     if not isinstance(exc, _Adapted):
         return exc
     state = {name: value for name, value in exc.__dict__.items() if name not in RemoteError.__annotations__}
-    return build(exc.adapts, exc.args, fields_of(exc), state)
+    return build(exc.adapts, args_of(exc), fields_of(exc), state)
 
 
 def restore(kind: type[Exception], args: tuple[Any, ...], fields: dict[str, Any]) -> RemoteError:

@@ -121,6 +121,11 @@ def error_value(exc: BaseException, *, trusted: bool, limit: int = 10_000, start
         limit: characters of each text; the rest is bounded likewise.
         started: the handler had started: then ServerClosing, Overloaded, NotAllowed and UnknownOp, wherever they come from, are
             reported as an error of the handler and not as a refusal of this request.
+
+    Returns:
+        A map with ``code``, ``type``, ``message``, ``traceback`` and ``mro`` (names of the class and its bases), and as they
+        apply ``notes``, ``args``, ``attributes`` (fields and ``__dict__``, as far as they are plain), ``pickle``, ``errors`` (the
+        members of a group, such maps themselves), ``reason``, ``limit``, ``value``, ``seen``, ``field`` and ``path``.
     """
     limit = max(1, limit)
     unknown: dict[str, Any] = {
@@ -237,19 +242,15 @@ def _add_data(value: dict[str, Any], exc: BaseException, limit: int) -> bool:
         complete = False
     room = Room(limit)
     attributes: dict[str, Any] = {}
-    for name, item in (exc.__dict__ | fields_of(exc)).items():
-        if name in _NOT_ATTRIBUTES:
-            continue
-        if len(attributes) == _ATTRIBUTES:
-            complete = False
-            break
+    items = fields_of(exc) | {name: item for name, item in exc.__dict__.items() if name not in _NOT_ATTRIBUTES}
+    for name, item in islice(items.items(), _ATTRIBUTES):
         try:
             attributes[plain(name, room)] = plain(item, room)
         except NotPlain:
             complete = False
     if attributes:
         value["attributes"] = attributes
-    return complete
+    return complete and len(items) <= _ATTRIBUTES
 
 
 def _own_pickle(exc: BaseException, limit: int) -> bytes | None:
@@ -262,22 +263,27 @@ def _own_pickle(exc: BaseException, limit: int) -> bytes | None:
 
 def _stock_parts(exc: BaseException, trusted: bool, limit: int, started: bool) -> dict[str, Any]:
     leaves, count = leaves_of(exc, _LEAVES)
+    most = MAX_PICKLE + 10 * limit  # room for the text and the notes at 4 bytes a character, if that is what was asked for
     if count <= 1:
         exc = leaves[0] if leaves else exc
-        stand_in = _portable(exc, trusted, limit, started)
+        data = dump(_portable(exc, trusted, limit, started), most)
         text = traceback_of(exc, limit)
     else:
+        # Each member may be small enough to go as it is, and all of them together too large.
+        data = dump(_portable_group(exc, leaves, count, trusted, limit), most)
+        data = data or dump(_portable_group(exc, leaves, count, False, limit), most)
         share = _share(limit, len(leaves))
-        members = [_portable(leaf, trusted, share, True) for leaf in leaves]
-        stand_in = _with_notes(ExceptionGroup(clean(group_message(exc), limit), members), _notes(exc, limit))
-        if count > len(leaves):
-            stand_in.add_note(_left_out(count - len(leaves)))
         text = clean("\n".join([traceback_of(exc, limit), *(traceback_of(leaf, share) for leaf in leaves)]), limit)
-    parts: dict[str, Any] = {"exception_text": repr_of(exc, limit), "traceback_text": text}
-    data = dump(stand_in)
-    if data is not None:
-        parts["exception"] = data
-    return parts
+    assert data is not None
+    return {"exception": data, "exception_text": repr_of(exc, limit), "traceback_text": text}
+
+
+def _portable_group(exc: BaseException, leaves: list[BaseException], count: int, trusted: bool, limit: int) -> Exception:
+    share = _share(limit, len(leaves))
+    group = ExceptionGroup(clean(group_message(exc), limit), [_portable(leaf, trusted, share, True) for leaf in leaves])
+    if count > len(leaves):
+        group.add_note(_left_out(count - len(leaves)))
+    return _with_notes(group, _notes(exc, limit))
 
 
 def _portable(exc: BaseException, trusted: bool, limit: int, started: bool) -> Exception:

@@ -12,12 +12,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextvars import Context
 from typing import Any
 
+import trio
+from trio.lowlevel import checkpoint_if_cancelled
+
 __all__ = ["drive"]
 
 
 @types.coroutine
 def _steps(
-    context: Context, coroutine: Coroutine[Any, Any, Any], on_wait: Callable[[], None] | None
+    context: Context, coroutine: Coroutine[Any, Any, Any], on_wait: Callable[[], None] | None, whole: bool
 ) -> Generator[Any, Any, Any]:
     run = context.run
     send = coroutine.send
@@ -27,33 +30,44 @@ def _steps(
         return stop.value
     if on_wait is not None:
         on_wait()
+    cancelled = False
     while True:
         try:
             value = yield trap
         except BaseException as error:
+            if isinstance(error, trio.Cancelled):
+                cancelled = True
             try:
                 trap = run(coroutine.throw, error)
             except StopIteration as stop:
-                return stop.value
+                result = stop.value
+                break
         else:
             try:
                 trap = run(send, value)
             except StopIteration as stop:
-                return stop.value
+                result = stop.value
+                break
+    if cancelled and whole:
+        yield from checkpoint_if_cancelled()  # type: ignore[misc]  # a coroutine, which is fine in a types.coroutine
+    return result
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-def drive(context: Context, awaitable: Awaitable[Any], on_wait: Callable[[], None] | None = None) -> Awaitable[Any]:
+def drive(
+    context: Context, awaitable: Awaitable[Any], on_wait: Callable[[], None] | None = None, *, whole: bool = True
+) -> Awaitable[Any]:
     """Await ``awaitable`` with each of its steps run in ``context``.
 
     Args:
         context: where the steps run.
         awaitable: usually a coroutine.
         on_wait: called, synchronously, when it has to wait for the first time, and not at all if it never has to.
+        whole: it is all of a handler.  If it swallowed a Cancelled and a scope round it is still cancelled at its end, then that is
+            raised: a handler that was cut has no result.  False for one step of a handler, which may see to that itself later.
     """
     coroutine = awaitable if type(awaitable) is types.CoroutineType else _awaited(awaitable)
-    return _steps(context, coroutine, on_wait)  # type: ignore[no-any-return]
-
+    return _steps(context, coroutine, on_wait, whole)  # type: ignore[no-any-return]

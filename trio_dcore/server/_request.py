@@ -12,6 +12,7 @@ from ..abc import Peer
 from ..errors import LocalProtocolError
 
 if TYPE_CHECKING:
+    from ._connection import Connection
     from ._server import Server
 
 __all__ = ["Request", "current_request", "request_variable"]
@@ -26,10 +27,10 @@ class Request:
         deadline: the time, by trio's clock, at which the caller stops waiting; ``math.inf`` if it told none.
     """
 
-    __slots__ = ("_server", "deadline", "op", "peer")
+    __slots__ = ("_connection", "deadline", "op", "peer")
 
-    def __init__(self, server: Server, op: str, peer: Peer) -> None:
-        self._server = server
+    def __init__(self, connection: Connection, op: str, peer: Peer) -> None:
+        self._connection = connection
         self.op = op
         self.peer = peer
         self.deadline = math.inf
@@ -37,12 +38,17 @@ class Request:
     @property
     def server(self) -> Server:
         """The server that runs the handler."""
-        return self._server
+        return self._connection.server
+
+    @property
+    def running(self) -> bool:
+        """Whether the handler still runs; tasks that it left behind elsewhere may ask."""
+        return self._connection.request is self
 
     @property
     def shutdown_requested(self) -> trio.Event:
         """Set when the server starts to shut down: a stream may then end cleanly within the grace."""
-        return self._server.shutdown_requested
+        return self._connection.server.shutdown_requested
 
     def __repr__(self) -> str:
         return f"<Request {self.op!r} from {self.peer.address}>"

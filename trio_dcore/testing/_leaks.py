@@ -15,8 +15,8 @@ import trio
 
 __all__ = ["LeakError", "no_leaks"]
 
-# Threads that trio keeps for a while for the next to_thread.run_sync.
-_CACHED_THREADS = ("Trio thread", "trio-")
+# So trio names the threads that it keeps for a while for the next to_thread.run_sync.
+_CACHED_THREADS = "Trio thread "
 # Passes of the run's loop that tasks which are about to end get.
 _SETTLE = 50
 

@@ -83,8 +83,11 @@ class MemoryStream(trio.abc.HalfCloseableStream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Receive what there is, b"" at the end.  Cancellation: nothing is lost."""
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
+        if max_bytes is not None:
+            if not isinstance(max_bytes, int):
+                raise TypeError(f"max_bytes={max_bytes!r}: must be an int")
+            if max_bytes < 1:
+                raise ValueError(f"max_bytes={max_bytes!r}: must be at least 1")
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving on this stream")
         self._receiving = True
