@@ -26,8 +26,8 @@ class Group:
     Args:
         name: key of the group's measurements.
         same_cpu: server and client share one CPU, as the target of the group asks for.
-        warm_up: measure everything once before it counts.  A virtual machine gets much of its memory from its host only when it is
-            first touched, at a fifth of the speed, and the first probe that needs so much of it would pay for all.
+        warm_up: measure everything once before it counts.  A virtual machine gets much of its memory from its host only when that
+            is first touched, at a fifth of the speed, and the first probe that needs so much of it would pay for all.
     """
 
     name: str

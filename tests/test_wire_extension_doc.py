@@ -569,7 +569,7 @@ async def test_the_conversation_is_what_client_and_server_say() -> None:
 async def test_a_server_answers_the_pages_client() -> None:
     server = Server({"add": add, "fail": fail, "ticks": ticks})
 
-    async def body(_: trio.Nursery) -> None:
+    async def body(_nursery: trio.Nursery) -> None:
         async with server:
             await server.listen("tcp://127.0.0.1:0")
             async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:
@@ -631,7 +631,7 @@ async def test_a_client_understands_the_pages_server() -> None:
 async def test_a_mistake_that_closes(messages: list[object], answers: int) -> None:
     server = Server()
 
-    async def body(_: trio.Nursery) -> None:
+    async def body(_nursery: trio.Nursery) -> None:
         async with server:
             await server.listen("tcp://127.0.0.1:0")
             async with await trio.open_tcp_stream("127.0.0.1", server.port) as stream:

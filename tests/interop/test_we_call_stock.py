@@ -279,7 +279,10 @@ async def test_an_unknown_op_is_none(stock: Any, connected: Any, kind: str) -> N
 
 async def test_a_result_that_can_not_be_sent_closes_the_connection(stock: Any, connected: Any, kind: str) -> None:
     """Stock aborts the connection; the call says which op it was, and the next has a new connection."""
-    async with stock.serve({"bad": lambda: (i for i in ()), "add": add}) as server, connected(kind, server.address) as remote:
+    async with (
+        stock.serve({"bad": lambda: (i for i in range(3)), "add": add}) as server,
+        connected(kind, server.address) as remote,
+    ):
         with pytest.raises(CommClosedError, match="bad"):
             await remote.bad()
         assert await remote.add(x=1, y=2) == 3

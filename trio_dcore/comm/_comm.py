@@ -8,7 +8,8 @@ phases: the *head* (frame 0 with its markers in place) is read first, so that a 
 
 Writing: the message is encoded first, which may fail without harm.  Nearly always nobody else is in the middle of a write and the
 kernel takes all of it at once: one system call and no lock.  Only if the kernel takes less does the writer become the owner of the
-send lock, behind which others queue in order.
+send lock, behind which others queue in order.  What code that can't wait has to say, such as the credit of a stream, is *owed* if
+the kernel does not take it: whoever writes next sends it first, and if nobody does, a task of the system's.
 
 A frame is atomic: whatever interrupts a write after its first byte, or a read inside a message, closes the comm.
 """
@@ -27,16 +28,16 @@ from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from ..abc import Comm, CommSettings, Peer
 from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
-from ..protocol._frames import FrameParser, join_small, pack_prelude, single_frame
+from ..protocol._frames import JOIN_BELOW, FrameParser, join_small, pack_prelude, single_frame
 from ..protocol._handshake import Extension, local_handshake, negotiate
 from ..protocol._messages import Decoder, Encoder
-from ._pumps import YIELD_BYTES, Pump
+from ._pumps import MESSAGE_WEIGHT, YIELD_BYTES, Pump
 from ._watch import EndWatch
 
 __all__ = ["BaseComm", "FramedComm"]
 
-# A read or write that needs no I/O lets other tasks run after this many messages.
-_YIELD_MESSAGES = 16
+# Bytes that may be owed: some credits and pongs.  A peer that makes us owe more isn't reading.
+_MOST_OWED = 16 * KiB
 
 
 class BaseComm(Comm):
@@ -125,9 +126,17 @@ class BaseComm(Comm):
 
     @abstractmethod
     def write_nowait(self, message: Any) -> bool:
-        """Send a message if that needs no wait at all; False if it would: then nothing was sent or the comm is closed.
+        """Send a message if that needs no wait at all; False if it would: then nothing was sent.
 
         Not a checkpoint.  Raises as :meth:`write` does.
+        """
+
+    @abstractmethod
+    def write_soon(self, message: Any) -> bool:
+        """Send a small message now, or else as soon as there is room for it; False if too much is waiting already.
+
+        It goes behind the message that is being written, if any, and before all later ones.  Not a checkpoint.  Raises as
+        :meth:`write` does.
         """
 
     @abstractmethod
@@ -182,10 +191,12 @@ class FramedComm(BaseComm):
         "_encoder",
         "_encoder_telling",
         "_ended",
+        "_owed",
         "_parser",
         "_pump",
         "_reading",
         "_send_lock",
+        "_sending",
         "_watch",
     )
 
@@ -198,6 +209,8 @@ class FramedComm(BaseComm):
         self._encoder_telling: Encoder | None = None
         self._decoder = _HANDSHAKE_DECODER
         self._send_lock: trio.StrictFIFOLock | None = None
+        self._sending = False  # somebody has the send lock, or something is owed
+        self._owed: list[Buffer] = []  # what is to be sent before anything else
         self._reading = False
         self._watch: EndWatch | None = None
         self._closed = ""  # why, once it is
@@ -294,6 +307,7 @@ class FramedComm(BaseComm):
         parser = self._parser
         pump = self._pump
         self._reading = True
+        frames = None
         try:
             while (frames := parser.next_message()) is None:
                 if self._ended or not await pump.fill(parser):
@@ -301,8 +315,8 @@ class FramedComm(BaseComm):
                     if parser.mid_message:
                         raise CommClosedError(f"{self.peer_address} closed the comm in the middle of a message")
                     return None
-            pump.unwaited += 1
-            if pump.unwaited >= _YIELD_MESSAGES:
+            pump.unwaited += MESSAGE_WEIGHT
+            if pump.unwaited >= YIELD_BYTES:
                 pump.unwaited = 0
                 await cancel_shielded_checkpoint()
         except (RemoteProtocolError, LimitExceeded) as error:
@@ -317,7 +331,7 @@ class FramedComm(BaseComm):
             self._doom(f"reading from {self.peer_address} failed: {error}")
             raise self._closed_error() from error
         except BaseException:
-            if parser.mid_message:
+            if frames is not None or parser.mid_message:
                 self._doom("a read was interrupted in the middle of a message")
             raise
         finally:
@@ -349,11 +363,19 @@ class FramedComm(BaseComm):
         self._reading = reserved
 
     async def wait_incoming(self) -> bool:
-        """For the watch: wait until something more has come; whether it was bytes, or the end."""
+        """For the watch: wait until something more has come; True if it was bytes, False if the peer ended or broke the stream.
+
+        Raises trio.ClosedResourceError if it is the comm that was closed.
+        """
         try:
             self._ended = not await self._pump.fill(self._parser)
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            return False  # broken or closed: the next read says how
+        except trio.ClosedResourceError:
+            raise
+        except Exception as error:  # whatever a stream raises, nobody but the next read can be told
+            if self._closed:
+                raise trio.ClosedResourceError(self._closed) from error
+            self._doom(f"reading from {self.peer_address} failed: {error}")
+            return False
         return not self._ended
 
     # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -387,119 +409,148 @@ class FramedComm(BaseComm):
 
     async def _transmit(self, frames: list[Buffer]) -> int:
         if self._closed:
-            raise self._closed_error()
-        if len(frames) == 1:
+            raise self._closed_error(nothing_sent=True)
+        pump = self._pump
+        sent = 0
+        if len(frames) == 1 and len(frames[0]) < JOIN_BELOW:
             data = single_frame(frames[0])
             size = len(data)
-            sent = 0
-            if self._send_lock is None or not self._send_lock.locked():
-                pump = self._pump
+            if not self._sending:
                 try:
                     sent = pump.try_send(data)
                 except OSError as error:
-                    failed = self._write_failed(error)
-                    if isinstance(failed, CommClosedError):
-                        failed.nothing_sent = True
-                    raise failed from error
-                if sent == size:
-                    self.messages_written += 1
-                    self.bytes_written += size
-                    pump.unwaited += 1
-                    if pump.unwaited >= _YIELD_MESSAGES or size >= YIELD_BYTES:
-                        pump.unwaited = 0
-                        await cancel_shielded_checkpoint()
-                    return size
+                    raise self._write_failed(error, nothing_sent=True) from error
             buffers: list[Buffer] = [data]
         else:
             buffers = join_small(pack_prelude(frames), frames)
             size = sum(map(len, buffers))
-            sent = 0
-        await self._transmit_slowly(buffers, sent)
+        if sent != size:
+            await self._transmit_slowly(buffers, sent)
         self.messages_written += 1
         self.bytes_written += size
+        pump.unwaited += MESSAGE_WEIGHT + size
+        if pump.unwaited >= YIELD_BYTES:
+            pump.unwaited = 0
+            await cancel_shielded_checkpoint()
         return size
 
     async def _transmit_slowly(self, buffers: list[Buffer], sent: int) -> None:
-        """Send the rest of a message, in turn."""
+        """Send the rest of a message in turn: behind the messages of those who came before, and behind what is owed."""
         lock = self._send_lock
         if lock is None:
             lock = self._send_lock = trio.StrictFIFOLock()
-        if sent or not lock.locked():
-            lock.acquire_nowait()  # never contended: a first part is only sent while nobody holds it
-        else:
+        if lock.locked():
             await lock.acquire()
+        else:
+            lock.acquire_nowait()
+        self._sending = True
         try:
             if self._closed:
-                raise self._closed_error()
-            await self._pump.send(buffers, sent)
-        except trio.ClosedResourceError:
-            raise self._closed_error() from None
-        except (OSError, trio.BrokenResourceError) as error:
-            raise self._write_failed(error) from error
-        except BaseException:
-            if self._pump.partial:
-                self._doom("a write was interrupted in the middle of a message")
-            raise
+                raise self._closed_error(nothing_sent=True)
+            # A first part is only sent while nobody has the lock and nothing is owed, so nothing gets in front of its rest.
+            owed, self._owed = self._owed, []
+            pump = self._pump
+            try:
+                if owed or buffers:
+                    await pump.send(owed + buffers, sent)
+            except trio.ClosedResourceError:
+                raise self._closed_error() from None
+            except (OSError, trio.BrokenResourceError) as error:
+                raise self._write_failed(error, nothing_sent=not pump.partial) from error
+            except BaseException:
+                if pump.partial:
+                    self._doom("a write was interrupted in the middle of a message")
+                self._owed[:0] = owed
+                raise
         finally:
             lock.release()
+            self._sending = lock.locked()
+            if self._owed and not self._sending:
+                self._send_owed_later()
 
     def write_nowait(self, message: Any) -> bool:
         if self._closed:
-            raise self._closed_error()
-        if self._send_lock is not None and self._send_lock.locked():
-            return False
+            raise self._closed_error(nothing_sent=True)
+        return not self._sending and self._write_now(message, 0)
+
+    def write_soon(self, message: Any) -> bool:
+        if self._closed:
+            raise self._closed_error(nothing_sent=True)
+        return self._write_now(message, _MOST_OWED)
+
+    def _write_now(self, message: Any, most_owed: int) -> bool:
+        """Send a message and owe what the kernel doesn't take; False if that is all of it and more than may be owed."""
         frames = self._encoder.encode(message)
         data = single_frame(frames[0]) if len(frames) == 1 else b"".join((pack_prelude(frames), *frames))
-        try:
-            sent = self._pump.try_send(data)
-        except OSError as error:
-            raise self._write_failed(error) from error
-        if sent == len(data):
-            self.messages_written += 1
-            self.bytes_written += sent
-            return True
-        if sent:
-            self._doom("a last message did not fit the send buffer")
-        return False
+        sent = 0
+        sending = self._sending
+        if not sending:
+            try:
+                sent = self._pump.try_send(data)
+            except OSError as error:
+                raise self._write_failed(error, nothing_sent=True) from error
+        if sent < len(data):
+            if not sent and sum(map(len, self._owed)) + len(data) > most_owed:
+                return False
+            self._owed.append(data[sent:])
+            if not sending:
+                self._send_owed_later()
+        self.messages_written += 1
+        self.bytes_written += len(data)
+        return True
 
-    def _write_failed(self, error: BaseException) -> Exception:
+    def _send_owed_later(self) -> None:
+        # Nobody else may ever write again, and the peer may wait for what is owed.  The task ends with the comm at the latest.
+        self._sending = True
+        trio.lowlevel.spawn_system_task(self._send_owed, name=f"sending what is owed to {self.peer_address}")
+
+    async def _send_owed(self) -> None:
+        try:
+            if self._owed:
+                await self._transmit_slowly([], 0)
+        except trio.ClosedResourceError:
+            pass  # it isn't owed any more
+        except Exception as error:
+            # A system task that raises would take the whole run down; whoever uses the comm next is told.
+            self._doom(f"writing to {self.peer_address} failed: {error}")
+
+    def _write_failed(self, error: BaseException, *, nothing_sent: bool) -> Exception:
         self._doom(f"writing to {self.peer_address} failed: {error}")
-        return self._closed_error()
+        return self._closed_error(nothing_sent=nothing_sent)
 
     # -- closing ----------------------------------------------------------------------------------------------------------------
 
     def _doom(self, why: str) -> None:
         """Close at once because the comm can't be used any more."""
-        if not self._closed:
-            self._closed = why
-            self._pump.abort()
+        self._closed = self._closed or why
+        self._pump.abort()
 
-    def _closed_error(self) -> Exception:
+    def _closed_error(self, *, nothing_sent: bool = False) -> Exception:
         if self._closed in ("", _CLOSED_HERE):
             return trio.ClosedResourceError(_CLOSED_HERE)
-        return CommClosedError(self._closed)
+        error = CommClosedError(self._closed)
+        error.nothing_sent = nothing_sent
+        return error
 
     def abort(self) -> None:
         self._doom(_CLOSED_HERE)
 
     async def aclose(self) -> None:
-        if self._closed:
-            await trio.lowlevel.checkpoint()
-            return
-        lock = self._send_lock
-        if lock is not None and lock.locked():
-            # Somebody is in the middle of a message: let it out, for a while.
+        if self._sending and not self._closed:
+            # Messages are on their way, or wait for their turn: let them out, for a while.
             try:
                 with trio.move_on_after(self.settings.limits.linger):
-                    await lock.acquire()
-                    lock.release()
+                    await self._transmit_slowly([], 0)
+            except (CommClosedError, trio.ClosedResourceError):
+                pass
             except BaseException:
                 self.abort()
                 raise
-            if self._closed or lock.locked():
+            if self._sending:
                 self.abort()
-                await trio.lowlevel.checkpoint()
-                return
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
         self._closed = _CLOSED_HERE
         with self._bounded_close():
             await self._pump.aclose()
@@ -519,7 +570,7 @@ class FramedComm(BaseComm):
         return bool(self._closed) or self._ended
 
     def stale(self) -> bool:
-        return bool(self._closed) or self._ended or self._parser.buffered > 0 or self._pump.readable()
+        return bool(self._closed) or self._ended or self._parser.mid_message or self._pump.readable()
 
 
 _CLOSED_HERE = "this comm was closed here"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
@@ -195,11 +195,12 @@ class SocketPump(Pump):
 class StreamPump(Pump):
     """A pump on any trio stream."""
 
-    __slots__ = ("_closed", "stream")
+    __slots__ = ("_closed", "_send_nowait", "stream")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         super().__init__()
         self.stream = stream
+        self._send_nowait: Callable[[bytes], int] | None = getattr(stream, "send_nowait", None)
         self._closed = False
 
     async def fill(self, parser: FrameParser) -> bool:
@@ -211,7 +212,13 @@ class StreamPump(Pump):
         return bool(data)
 
     def try_send(self, data: bytes) -> int:
-        return 0
+        # trio's interface has no such thing; streams of the testing kit do.
+        if self._send_nowait is None:
+            return 0
+        try:
+            return self._send_nowait(data)
+        except trio.BrokenResourceError as error:
+            raise ConnectionError(str(error)) from error
 
     async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
         self.unwaited = 0

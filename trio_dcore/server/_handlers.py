@@ -24,22 +24,42 @@ _LONGEST_GUESS = 64
 
 @dataclass(frozen=True, slots=True)
 class _Marks:
+    """One mark: what is marked, and how."""
+
     function: Handler
     in_thread: bool = False
     limiter: trio.CapacityLimiter | None = None
     run_to_end: bool = False
 
 
-def _mark(function: Handler, **changes: Any) -> Handler:
-    before: _Marks | None = getattr(function, _MARKS, None)
-    values = {"function": function} if before is None else {name: getattr(before, name) for name in _Marks.__slots__}
+def _mark(marks: _Marks) -> Handler:
+    function = marks.function
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    setattr(marked, _MARKS, _Marks(**(values | changes)))
+    setattr(marked, _MARKS, marks)
     return marked
+
+
+def _unmarked(function: Handler) -> tuple[Handler, list[_Marks]]:
+    """A handler without its marks, and the marks, the outermost first: they may stand on each other, and under a partial."""
+    marks: list[_Marks] = []
+    while True:
+        mark: _Marks | None = getattr(function, _MARKS, None)
+        if mark is not None:
+            marks.append(mark)
+            if inspect.ismethod(function):
+                function = types.MethodType(mark.function, function.__self__)  # the mark is on the function, not on the bound method
+            else:
+                function = mark.function
+            continue
+        if isinstance(function, functools.partial):
+            inner, more = _unmarked(function.func)
+            if more:
+                return functools.partial(inner, *function.args, **function.keywords), marks + more
+        return function, marks
 
 
 def in_thread(function: _F, *, limiter: trio.CapacityLimiter | None = None) -> _F:
@@ -55,14 +75,15 @@ def in_thread(function: _F, *, limiter: trio.CapacityLimiter | None = None) -> _
     Raises:
         TypeError: the function is async, so it would only make its coroutine in the thread.
     """
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(f"in_thread() is for blocking functions, and {function!r} is async")
-    return _mark(function, in_thread=True, limiter=limiter)  # type: ignore[return-value]  # same call signature
+    plain, _ = _unmarked(function)
+    if _is_code(plain, inspect.iscoroutinefunction) or _is_code(plain, inspect.isasyncgenfunction):
+        raise TypeError(f"in_thread() is for blocking functions, and {plain!r} is async")
+    return _mark(_Marks(function, in_thread=True, limiter=limiter))  # type: ignore[return-value]  # same call signature
 
 
 def run_to_end(function: _F) -> _F:
     """Mark a handler that is not cancelled when its caller goes away.  Shutdown and deadlines still cancel it."""
-    return _mark(function, run_to_end=True)  # type: ignore[return-value]  # same call signature
+    return _mark(_Marks(function, run_to_end=True))  # type: ignore[return-value]  # same call signature
 
 
 @dataclass(slots=True)
@@ -88,12 +109,9 @@ class HandlerEntry:
     @classmethod
     def of(cls, function: Handler) -> HandlerEntry:
         """Classify a handler."""
-        marks: _Marks = getattr(function, _MARKS, None) or _Marks(function)
-        called = marks.function
-        if called is not function and inspect.ismethod(function):
-            called = types.MethodType(called, function.__self__)  # the marks are on the function, not on the bound method
+        called, marks = _unmarked(function)
         names = _parameter_names(called)
-        generator = _is_generator(called)
+        generator = _is_code(called, inspect.isasyncgenfunction)
         takes_comm = bool(names) and names[0] == "comm"
         return cls(
             handler=function,
@@ -102,16 +120,18 @@ class HandlerEntry:
             takes_comm=takes_comm,
             streams=generator or takes_comm,
             takes_serializers="serializers" in names,
-            in_thread=marks.in_thread,
-            limiter=marks.limiter,
-            run_to_end=marks.run_to_end,
+            in_thread=any(mark.in_thread for mark in marks),
+            limiter=next((mark.limiter for mark in marks if mark.limiter is not None), None),
+            run_to_end=any(mark.run_to_end for mark in marks),
         )
 
 
-def _is_generator(function: Handler) -> bool:
+def _is_code(function: Handler, what: Callable[[object], bool]) -> bool:
+    """Whether calling it runs code of that kind: its own, that under a partial, or that of its class's ``__call__``."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.isasyncgenfunction(function) or inspect.isasyncgenfunction(getattr(function, "__call__", None))  # noqa: B004
+    # Of its class, not its own: calling a class makes an instance, and doesn't run the instance's __call__.
+    return what(function) or what(getattr(type(function), "__call__", None))
 
 
 def _parameter_names(function: Handler) -> list[str]:

@@ -13,7 +13,7 @@ from ..errors import LocalProtocolError
 
 if TYPE_CHECKING:
     from ._connection import Connection
-    from ._server import Server
+    from ._server import BaseServer
 
 __all__ = ["Request", "current_request", "request_variable"]
 
@@ -36,7 +36,7 @@ class Request:
         self.deadline = math.inf
 
     @property
-    def server(self) -> Server:
+    def server(self) -> BaseServer:
         """The server that runs the handler."""
         return self._connection.server
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextvars import Context
 from typing import Any
 
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 
 from ..abc import Comm
 from ..comm import BaseComm, Substream, SubstreamComm
-from ..errors import CommClosedError
+from ..errors import CommClosedError, RemoteProtocolError
 from ..protocol._envelope import CANCEL, END, Credit, RequestHeader
 from ._drive import drive
 
@@ -32,23 +34,34 @@ async def generate(
     Cancellation: delivered inside the generator, wherever it is, and its ``finally`` is awaited.
     """
     step: Awaitable[Any] = generator.__anext__()
-    dead = False
+    told: BaseException | None = None  # what was thrown in at the last yield
     while True:
         try:
-            item = await drive(context, step, on_wait)
+            item = await drive(context, step, on_wait, whole=False)
         except StopAsyncIteration:
-            return
-        if dead:
-            # It was told that nobody takes its items any more and yields on: end it, where its finally blocks still run.
-            await drive(context, generator.aclose(), on_wait)
-            return
+            break
+        if told is not None and _is_final(told):
+            # It was told that nobody takes its items any more, and yields on: end it, where its finally blocks still run.
+            await drive(context, generator.aclose(), on_wait, whole=False)
+            break
         try:
             await emit(item)
         except BaseException as error:
-            dead = isinstance(error, (CommClosedError, trio.ClosedResourceError))
+            told = error
             step = generator.athrow(error)
         else:
+            told = None
             step = generator.__anext__()
+    # It may have swallowed a Cancelled on its way here.
+    await checkpoint_if_cancelled()
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether a further item would meet the same fate as the one that met ``error``."""
+    if isinstance(error, (CommClosedError, trio.ClosedResourceError)):
+        return True
+    # A scope of the generator's own may have been the one, and may have been left since.
+    return isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf
 
 
 class StreamAnswer:
@@ -59,11 +72,12 @@ class StreamAnswer:
         header: that of an opted-in request; None for a plain one, whose items are bare messages on the bare comm.
     """
 
-    __slots__ = ("_bare", "_substream", "comm", "streaming")
+    __slots__ = ("_bare", "_substream", "_view", "comm", "streaming")
 
     def __init__(self, comm: BaseComm, header: RequestHeader | None) -> None:
         self._bare = comm
         self._substream: Substream | None = None
+        self._view: SubstreamComm | None = None
         self.comm: Comm = comm
         self.streaming = header is not None and header.stream
         if header is not None:
@@ -74,11 +88,13 @@ class StreamAnswer:
                 comm,
                 header.id,
                 credit=header.window or Credit(*extension.window),
-                window=Credit(limits.window, limits.window_bytes),
+                # Where the caller waits for one reply no items may come.
+                window=Credit(limits.window, limits.window_bytes) if header.stream else Credit(0, 0),
                 on_end=_client_ended,
+                half_close=True,
             )
             refusal = "" if header.stream else "the caller waits for one reply, so nothing can be written; it must use .stream()"
-            self.comm = SubstreamComm(self._substream, comm, refusal)
+            self.comm = self._view = SubstreamComm(self._substream, comm, refusal)
 
     async def emit(self, item: Any) -> None:
         """Send one item."""
@@ -92,10 +108,15 @@ class StreamAnswer:
         assert self._substream is not None
         await self._substream.send_end()
 
+    def close(self) -> None:
+        """The handler has ended.  Tasks that it left behind must not go on to use the connection: the next request is its own."""
+        if self._view is not None:
+            self._view.detach()
+
 
 def _client_ended(kind: int, value: object) -> Exception | None:
     if kind == END:
         return None
     if kind == CANCEL:
         return CommClosedError("the client has cancelled the request")
-    return CommClosedError("the client has ended the request in a way that only servers may")
+    raise RemoteProtocolError(f"an envelope of kind {kind}, which only servers may send")

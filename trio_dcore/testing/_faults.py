@@ -108,6 +108,18 @@ class FaultStream(trio.abc.Stream):
             self._passed += size if self._sending else 0
             rest = rest[size:]
 
+    def send_nowait(self, data: bytes) -> int:
+        """Send without waiting, where neither a fault nor the stream underneath stands against that; returns the size sent."""
+        send = getattr(self.stream, "send_nowait", None)
+        delayed = self._latency or self._bandwidth != math.inf or self._timeout is not None or self._down
+        if send is None or delayed or self._slicer is not None or self._limit is not None or self._reset_at is not None:
+            return 0
+        if self._cut_after is not None:
+            data = data[: self._cut_after - self._sent]
+        sent: int = send(data) if data else 0
+        self._sent += sent
+        return sent
+
     async def wait_send_all_might_not_block(self) -> None:
         """As the stream underneath."""
         await self.stream.wait_send_all_might_not_block()

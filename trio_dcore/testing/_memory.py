@@ -57,6 +57,16 @@ class MemoryStream(trio.abc.HalfCloseableStream):
         finally:
             self._sending = False
 
+    def send_nowait(self, data: bytes) -> int:
+        """Send what there is room for and return its size.  Not a checkpoint.  Raises as :meth:`send_all` does."""
+        self._check_sendable()
+        pipe = self._outgoing
+        size = min(len(data), max(0, pipe.capacity - len(pipe.data)))
+        if size:
+            pipe.data += data[:size]
+            pipe.wake()
+        return size
+
     def _check_sendable(self) -> None:
         pipe = self._outgoing
         if self._closed or pipe.ended:
