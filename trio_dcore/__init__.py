@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from .server import current_request as current_request
     from .server import in_thread as in_thread
     from .server import run_to_end as run_to_end
+    from .server import stop_on_signals as stop_on_signals
 
 __version__ = "0.1.0"
 
@@ -108,7 +109,7 @@ _WHERE = {
         "UnsafePayload",
     ),
     ".protocol": ("Limits", "Pickled", "Serialize", "Serialized", "ToPickle", "register_serialization", "to_serialize"),
-    ".server": ("Status", "current_request", "in_thread", "run_to_end"),
+    ".server": ("Status", "current_request", "in_thread", "run_to_end", "stop_on_signals"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 

@@ -76,6 +76,8 @@ class CommSettings:
     deserialize: bool = True
     serializers: tuple[str, ...] | None = None
     deserializers: tuple[str, ...] | None = None
+    #: The comm is a pool's: nothing but requests is sent on it.
+    pooled: bool = False
 
     @classmethod
     def of(
@@ -85,6 +87,8 @@ class CommSettings:
         deserialize: bool,
         serializers: Sequence[str] | None,
         deserializers: Sequence[str] | None,
+        *,
+        pooled: bool = False,
     ) -> CommSettings:
         """From the arguments of a public call, where None means the default."""
         return cls(
@@ -93,6 +97,7 @@ class CommSettings:
             deserialize=deserialize,
             serializers=_families("serializers", serializers),
             deserializers=_families("deserializers", deserializers),
+            pooled=pooled,
         )
 
 

@@ -62,7 +62,7 @@ class ConnectionPool:
         if limit < 1:
             raise ValueError(f"limit={limit!r}: a pool needs room for at least 1 comm")
         self.timeout = timeout
-        self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
+        self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers, pooled=True)
         self._policy = PoolPolicy(limit)
         self._closed = False
         self._removed: dict[Slot, str] = {}  # connecting slots whose address was removed meanwhile, and why

@@ -30,6 +30,7 @@ from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
 from ..protocol._frames import JOIN_BELOW, FrameParser, join_small, pack_prelude, single_frame
 from ..protocol._handshake import Extension, local_handshake, negotiate
+from ..protocol._limits import KiB
 from ..protocol._messages import Decoder, Encoder
 from ._pumps import MESSAGE_WEIGHT, YIELD_BYTES, Pump
 from ._watch import EndWatch
@@ -255,7 +256,9 @@ class FramedComm(BaseComm):
 
     async def handshake(self) -> None:
         limits = self.settings.limits
-        local = local_handshake(compression=None, window=(limits.window, limits.window_bytes))
+        local = local_handshake(
+            compression=None, window=(limits.window, limits.window_bytes), pooled=self.settings.pooled
+        )
         # Each side writes first and then reads (wire document, section 3); neither waits for the other.
         await self._transmit(_HANDSHAKE_ENCODER.encode(local))
         found = await self.next_head()
@@ -277,6 +280,7 @@ class FramedComm(BaseComm):
                 serializers=self.settings.serializers,
                 extensions=extensions,
                 on_error="raise",
+                forward_untrusted=self.settings.security.pickle == "always",
             )
         )
         self._decoder = Decoder(self._decode_context(), extensions=extensions)

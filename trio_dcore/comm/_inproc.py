@@ -18,7 +18,7 @@ from ..abc import CommSettings, Listener, Peer, Transport
 from ..errors import AddressError, CommClosedError
 from ..protocol._context import Buffer, DecodeContext
 from ..protocol._families import deserialize
-from ..protocol._handshake import Extension
+from ..protocol._handshake import FEATURES, Extension
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
 from ._comm import BaseComm
 
@@ -74,9 +74,9 @@ class InprocComm(BaseComm):
 
     async def handshake(self) -> None:
         limits = self._other.settings.limits
-        self.extension = Extension(
-            version=1, features=frozenset({"calls", "streams"}), window=(limits.window, limits.window_bytes)
-        )
+        window = limits.window, limits.window_bytes
+        pooled = self._other.settings.pooled
+        self.extension = Extension(version=1, features=frozenset(FEATURES), window=window, pooled=pooled)
         await trio.lowlevel.checkpoint()
 
     async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
@@ -136,6 +136,11 @@ class InprocComm(BaseComm):
         self._check_writable()
         if len(self._other._inbox) >= _CAPACITY:
             return False
+        self._pass_on(message)
+        return True
+
+    def write_soon(self, message: Any) -> bool:
+        self._check_writable()
         self._pass_on(message)
         return True
 

@@ -7,6 +7,7 @@ A comm drives one pump.  :class:`SocketPump` works on a bare non-blocking socket
 
 from __future__ import annotations
 
+import inspect
 import logging
 import socket
 from abc import ABC, abstractmethod
@@ -23,22 +24,29 @@ _log = logging.getLogger("trio_dcore.comm")
 
 __all__ = ["Pump", "SocketPump", "StreamPump"]
 
+# Milliseconds, in a C int.
+_LONGEST = 2**31 - 1
 # A small first read is measurably cheaper than a large one: CPython allocates the whole buffer and then shrinks it.
 _SMALL_READ = 4 * KiB
 _LARGE_READ = 64 * KiB
-# Reads and writes that need no wait let other tasks run after this many bytes (architecture: every 16 messages or 64 KiB).
+# Reads and writes that need no wait let other tasks run after this many bytes, of which every message counts for some more than it
+# has: that makes 16 small messages or 64 KiB, as the architecture document promises (section 3.2).
 YIELD_BYTES = 64 * KiB
+MESSAGE_WEIGHT = YIELD_BYTES // 16
 # One call never takes more than this, so that other tasks are not held up while the kernel copies.
 _MOST_AT_ONCE = 4 * MiB
-_MOST_BUFFERS = 512  # below every system's IOV_MAX
+# Reads of what came unread before a close; a peer that goes on sending gets its reset.
+_DISCARDS = 16
+_MOST_BUFFERS = 256  # below every system's IOV_MAX; of less than _MOST_AT_ONCE each, so that no system's int overflows
+_VECTORS = hasattr(socket.socket, "sendmsg")  # Windows has none
 
 
 class Pump(ABC):
     """The byte side of a comm.  One task fills and one sends at a time; the comm sees to that.
 
     Attributes:
-        unwaited: messages that the comm read or wrote since this pump last waited, and so let other tasks run; the comm counts,
-            the pump clears.
+        unwaited: bytes read and written since this pump last waited, and so let other tasks run, with ``MESSAGE_WEIGHT`` for each
+            message; the pump counts what it reads, the comm the rest.
         partial: whether the last :meth:`send` got part of its bytes out before it failed.
     """
 
@@ -89,7 +97,7 @@ class Pump(ABC):
 class SocketPump(Pump):
     """A pump on a bare, connected, non-blocking stream socket, which it owns."""
 
-    __slots__ = ("_recv", "_send", "_since_wait", "_size", "socket")
+    __slots__ = ("_recv", "_send", "_size", "socket")
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
@@ -98,7 +106,6 @@ class SocketPump(Pump):
         self._recv = sock.recv
         self._send = sock.send
         self._size = _SMALL_READ
-        self._since_wait = 0
 
     async def fill(self, parser: FrameParser) -> bool:
         target = parser.want()
@@ -115,11 +122,11 @@ class SocketPump(Pump):
                     parser.filled(received)
                 break
             except BlockingIOError:
-                self._since_wait = self.unwaited = 0
+                self.unwaited = 0
                 await wait_readable(self.socket)
-        self._since_wait += received
-        if self._since_wait >= YIELD_BYTES:
-            self._since_wait = 0
+        self.unwaited += received
+        if self.unwaited >= YIELD_BYTES:
+            self.unwaited = 0
             await cancel_shielded_checkpoint()
         return received > 0
 
@@ -137,7 +144,7 @@ class SocketPump(Pump):
         self.partial = skip > 0
         while first < len(views):
             try:
-                if len(views) - first == 1:
+                if len(views) - first == 1 or len(views[first]) >= _MOST_AT_ONCE or not _VECTORS:
                     sent = self._send(views[first][:_MOST_AT_ONCE])
                 else:
                     sent = self.socket.sendmsg(views[first : first + _MOST_BUFFERS])
@@ -163,7 +170,7 @@ class SocketPump(Pump):
     def set_user_timeout(self, seconds: float) -> None:
         option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
         if option is not None and self.socket.family in (socket.AF_INET, socket.AF_INET6):
-            self.socket.setsockopt(socket.IPPROTO_TCP, option, int(seconds * 1000))
+            self.socket.setsockopt(socket.IPPROTO_TCP, option, max(1, int(min(seconds * 1000, _LONGEST))))
 
     def readable(self) -> bool:
         try:
@@ -187,7 +194,14 @@ class SocketPump(Pump):
         sock.close()
 
     async def aclose(self) -> None:
-        # All that was accepted for sending is with the kernel, which delivers it after the close.
+        # All that was accepted for sending is with the kernel, which delivers it after the close; unless something has come that
+        # was not read: then the close is a reset, which may overtake what was sent.
+        try:
+            for _ in range(_DISCARDS):
+                if not self._recv(_LARGE_READ):
+                    break
+        except OSError:
+            pass  # there is no more, or the peer was faster
         self.abort()
         await cancel_shielded_checkpoint()
 
@@ -217,7 +231,7 @@ class StreamPump(Pump):
             return 0
         try:
             return self._send_nowait(data)
-        except trio.BrokenResourceError as error:
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionError(str(error)) from error
 
     async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
@@ -243,8 +257,10 @@ class StreamPump(Pump):
         _close_now(self.stream)
 
     async def aclose(self) -> None:
-        self._closed = True
-        await self.stream.aclose()
+        try:
+            await self.stream.aclose()
+        finally:
+            self._closed = True
 
 
 def _close_now(stream: trio.abc.AsyncResource) -> None:
@@ -259,8 +275,12 @@ def _close_now(stream: trio.abc.AsyncResource) -> None:
     elif isinstance(stream, trio.SSLStream):
         _close_now(stream.transport_stream)
     elif isinstance(stream, trio.SocketStream):
+        try:
+            stream.socket.shutdown(socket.SHUT_RDWR)  # as SocketPump.abort
+        except OSError:
+            pass
         stream.socket.close()
-    elif callable(close := getattr(stream, "close", None)):
+    elif callable(close := getattr(stream, "close", None)) and not inspect.iscoroutinefunction(close):
         close()
     else:
         trio.lowlevel.spawn_system_task(_close_in_task, stream)

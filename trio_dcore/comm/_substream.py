@@ -121,7 +121,7 @@ class Substream:
     def _grant(self) -> None:
         """Give the peer back the credit for what was taken; tried again with the next item if there is no room now."""
         try:
-            sent = self._comm.write_nowait((WINDOW, self.id, (self._used_items, self._used_size)))
+            sent = self._comm.write_soon((WINDOW, self.id, (self._used_items, self._used_size)))
         except (CommClosedError, trio.ClosedResourceError):
             return  # the next read says so
         if sent:
@@ -196,7 +196,7 @@ class Substream:
             self._credit_size += credit.size
         elif kind == PING:
             # If there's no room for the answer then bytes of ours are waiting, and they will show that we live.
-            self._comm.write_nowait((PONG, self.id, None))
+            self._comm.write_soon((PONG, self.id, None))
         elif kind in (REPLY, ERROR, END, CANCEL, GOODBYE):
             self._ended = True
             self._failure = self._on_end(kind, value)

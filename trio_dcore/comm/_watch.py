@@ -26,7 +26,7 @@ class EndWatch:
     Args:
         comm: nobody reads it when the watch starts.
         nursery: the watching tasks live here.
-        on_end: called, once, when the peer has ended the stream.
+        on_end: called, once, when the peer has ended or broken the stream; not when the comm is closed here.
     """
 
     def __init__(self, comm: FramedComm, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
@@ -36,6 +36,7 @@ class EndWatch:
         self._scope = trio.CancelScope()
         self._paused = trio.Event()
         self._paused.set()
+        self._wanted = False  # somebody else reads the comm, or is about to
         self.resume()
 
     @property
@@ -45,6 +46,7 @@ class EndWatch:
 
     def resume(self) -> None:
         """Go on watching, unless the end has been reported or there is no more room to read ahead."""
+        self._wanted = False
         if self._on_end is None or self.reading or self._comm.buffered >= READ_AHEAD:
             return
         self._scope = trio.CancelScope()
@@ -53,9 +55,17 @@ class EndWatch:
         self._nursery.start_soon(self._watch, name="watching for the end of a comm")
 
     async def pause(self) -> None:
-        """Stop reading; returns when the comm is free for another reader."""
+        """Stop reading; returns when the comm is free for another reader, who resumes the watch when done.
+
+        Cancellation: the watch goes on.
+        """
+        self._wanted = True
         self._scope.cancel(reason="somebody reads the comm")
-        await self._paused.wait()
+        try:
+            await self._paused.wait()
+        except BaseException:
+            self.resume()
+            raise
 
     def stop(self) -> None:
         """Stop watching for good.  The comm is free when :meth:`pause` returns, or when the next read has seen to that."""
@@ -70,9 +80,13 @@ class EndWatch:
                     if not await self._comm.wait_incoming():
                         ended = True
                         break
+        except trio.ClosedResourceError:
+            self._on_end = None  # closed here: there is nothing to watch
         finally:
             self._comm.reserve_reading(False)
             self._paused.set()
         if ended and self._on_end is not None:
             on_end, self._on_end = self._on_end, None
             on_end()
+        elif self._scope.cancel_called and not self._wanted:
+            self.resume()  # whoever wanted to read has been cancelled meanwhile

@@ -29,8 +29,17 @@ def flat(buffer: Buffer) -> Buffer:
         return view.tobytes()
     if view.ndim == 1 and view.format == "B":
         return view
-    # memoryview.cast refuses Fortran order and formats such as ">i"; a PickleBuffer takes whatever is contiguous.
-    return PickleBuffer(view).raw()
+    if view.c_contiguous:
+        try:
+            return view.cast("B")
+        except TypeError:
+            pass  # a format such as ">i" can't be cast
+    # A PickleBuffer takes whatever is contiguous.  But not of a memoryview: CPython 3.11's collector crashes on a cycle that holds a
+    # view and PickleBuffer(view).raw(), so it is made of the object behind the view, where the view is of all of it.
+    owner = view.obj
+    if not isinstance(owner, memoryview) and memoryview(owner).nbytes == view.nbytes:
+        return PickleBuffer(owner).raw()
+    return view.tobytes(order="A")
 
 
 def shards(buffer: Buffer, limit: int | None) -> list[Buffer]:

@@ -44,11 +44,13 @@ class Extension:
         version: the lower of the two versions; a higher one contains all that a lower one has.
         features: what both sides can do.
         window: items and bytes of one stream that the peer lets us send before it grants more.
+        pooled: the peer makes nothing but calls on this comm, so it understands a goodbye at any time.
     """
 
     version: int
     features: frozenset[str]
     window: tuple[int, int]
+    pooled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +72,22 @@ class Negotiated:
     remote: dict[Any, Any]
 
 
-def local_handshake(*, compression: str | None, window: tuple[int, int]) -> dict[str, Any]:
+def local_handshake(*, compression: str | None, window: tuple[int, int], pooled: bool = False) -> dict[str, Any]:
     """Build the map to send.
 
     Args:
         compression: the codec that we would like to use, None for none (Dask's value on one host).
         window: items and bytes that the peer may send us in each stream before we grant more.
+        pooled: the comm is a pool's: only requests are made on it, so a goodbye may come at any time.
     """
+    extension: dict[str, Any] = {"version": VERSION, "features": list(FEATURES), "window": list(window)}
+    if pooled:
+        extension["pooled"] = True
     return {
         "compression": compression,
         "python": list(sys.version_info[:3]),
         "pickle-protocol": _PICKLE_PROTOCOL,
-        KEY: {"version": VERSION, "features": list(FEATURES), "window": list(window)},
+        KEY: extension,
     }
 
 
@@ -134,10 +140,14 @@ def _extension(local: Mapping[str, Any], remote: object) -> Extension:
     window = _sequence(remote, "window")
     if len(window) != 2 or not all(_is_integer(n, 1, 2**64) for n in window):
         raise _wrong(f"{KEY}.window", window, "[items, bytes], both above 0")
+    pooled = remote.get("pooled", False)
+    if not isinstance(pooled, bool):
+        raise _wrong(f"{KEY}.pooled", pooled, "a bool")
     return Extension(
         version=min(local["version"], version),
         features=frozenset(local["features"]).intersection(features),
         window=(min(window[0], _MAX_WINDOW_ITEMS), min(window[1], _MAX_WINDOW_BYTES)),
+        pooled=pooled,
     )
 
 

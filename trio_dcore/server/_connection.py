@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextvars import Context, copy_context
-from functools import partial
-from types import CoroutineType
+from types import AsyncGeneratorType, CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -23,27 +22,25 @@ from trio.lowlevel import checkpoint_if_cancelled
 from ..comm import BaseComm
 from ..errors import (
     CommClosedError,
-    DcoreError,
     HandlerCancelled,
     LimitExceeded,
-    NotAllowed,
+    LocalProtocolError,
     RemoteProtocolError,
     SerializationError,
-    ServerClosing,
-    UnknownOp,
     UnsafePayload,
 )
 from ..protocol._context import Buffer
 from ..protocol._envelope import ERROR, GOODBYE, KEY, PING, PONG, REPLY, RequestHeader, parse_envelope, parse_request_header
 from ..protocol._remote_errors import error_reply, error_value
+from ._admission import find_handler
 from ._drive import drive
-from ._handlers import HandlerEntry, closest, wrong_arguments
+from ._handlers import HandlerEntry, wrong_arguments
 from ._request import Request, request_variable
 from ._status import Status
 from ._streams import StreamAnswer, generate
 
 if TYPE_CHECKING:
-    from ._server import Server
+    from ._server import BaseServer
 
 __all__ = ["Connection"]
 
@@ -57,19 +54,19 @@ class Connection:
     Attributes:
         scope: cancelled when the connection is of no use any more.
         idle: nothing is in flight: it waits for the next request.
-        op: the op in flight, or None.
+        request: the one whose handler runs, or None.
     """
 
-    __slots__ = ("_awaited", "_gone", "_last_id", "_watching", "on_wait", "comm", "idle", "op", "scope", "server", "handshaking", "watched")
+    __slots__ = ("_awaited", "_gone", "_last_id", "_watching", "comm", "handshaking", "idle", "on_wait", "request", "scope", "server", "watched")
 
-    def __init__(self, server: Server, comm: BaseComm) -> None:
+    def __init__(self, server: BaseServer, comm: BaseComm) -> None:
         self.server = server
         self.comm = comm
         self.scope = trio.CancelScope()
         self.handshaking = True
         self.watched: int | None = None  # the descriptor that the hang-up watcher has for it
         self.idle = False
-        self.op: str | None = None
+        self.request: Request | None = None
         self._awaited = False  # somebody waits for the answer of the handler that runs
         self._watching = False
         #: For handlers' first wait; None where the hang-up watcher or the comm itself tells of the peer's end.
@@ -100,6 +97,11 @@ class Connection:
         finally:
             self.server._unwatch(self)
             await comm.aclose()
+
+    @property
+    def op(self) -> str | None:
+        """The op in flight, or None."""
+        return None if self.request is None else self.request.op
 
     async def _handshake(self) -> bool:
         patience = self.comm.settings.limits.handshake_timeout
@@ -137,8 +139,9 @@ class Connection:
         # Else a request is running, or one has come that deserves its ServerClosing; the connection ends by itself after it.
 
     def _say_goodbye(self) -> None:
-        """Tell a peer that uses the extension that nothing after its last request was started."""
-        if self._last_id:
+        """Tell a peer that makes opted-in requests that nothing after its last one was started."""
+        extension = self.comm.extension
+        if extension is not None and (self._last_id or extension.pooled):
             try:
                 self.comm.write_nowait((GOODBYE, self._last_id, None))
             except (CommClosedError, trio.ClosedResourceError):
@@ -189,7 +192,6 @@ class Connection:
     async def _answer(self, head: dict[Any, Any], frames: list[Buffer] | None) -> bool:
         """Answer one request; False if the connection is to end after it."""
         comm = self.comm
-        server = self.server
         header: RequestHeader | None = None
         reply = head.get("reply", _ABSENT)
         wanted = reply is _ABSENT or bool(reply)
@@ -200,11 +202,8 @@ class Connection:
         try:
             op = head.get("op")
             if KEY in head and comm.extension is not None:
-                header = parse_request_header(head[KEY])
-                if header.id <= self._last_id:
-                    raise RemoteProtocolError(f"request id {header.id} after {self._last_id}: ids must grow")
-                self._last_id = header.id
-            entry = self._find(op)
+                header = self._opted_in(head[KEY])
+            entry = find_handler(self.server, comm.peer, op)
             if frames is not None:
                 message: dict[Any, Any] = comm.resolve(frames)  # type: ignore[assignment]  # phase one found a dict
             else:
@@ -221,93 +220,85 @@ class Connection:
             else:
                 if serializers is not None and entry.takes_serializers:
                     message["serializers"] = serializers
-                request = Request(server, op, comm.peer)
-                self.op = op
-                counters = server._statistics
+                request = self.request = Request(self, op, comm.peer)  # type: ignore[arg-type]  # there is a handler of that name
+                counters = self.server._statistics
                 counters.in_flight += 1
-                counters.requests[op] = counters.requests.get(op, 0) + 1
-                streaming = header is not None and header.stream
+                counters.requests[request.op] = counters.requests.get(request.op, 0) + 1
                 self._awaited = (wanted or entry.streams) and not entry.run_to_end
                 if self._gone and self._awaited:
                     self.scope.cancel(reason="the caller has gone")
                 if not entry.streams and (header is None or not header.stream and header.deadline is None):
                     result = await self._call(entry, (), message, request)
+                    if type(result) is AsyncGeneratorType:  # of a plain function or a lambda
+                        one_reply = header is not None or wanted and reply is not _ABSENT and not close
+                        result = await self._finish(entry, result, request, StreamAnswer(comm, header), one_reply=one_reply)
                 else:
-                    result = await self._run(entry, message, request, header, plain_call=reply is True and not close)
-                if streaming:
-                    result = Status.dont_reply  # the stream's end was its answer
+                    one_reply = not header.stream if header is not None else wanted and reply is not _ABSENT and not close
+                    result = await self._run(entry, message, request, header, one_reply=one_reply)
             if not wanted or result is Status.dont_reply:
+                if header is not None and not header.stream and wanted:
+                    raise LocalProtocolError(f"{op!r} returned Status.dont_reply, and its caller waits for a reply")
                 return not close
             await self._send_result(header, result, serializers)
-            # A handler that wrote on the bare comm and then was answered for has said more than the caller will read.
-            return not close and not (header is None and comm.messages_written - written > 1 and reply is not _ABSENT)
-        except RemoteProtocolError:
-            raise
+            return not close and not self._said_too_much(header, reply, written)
         except Exception as error:
             if comm.closed():
+                if isinstance(error, (RemoteProtocolError, LimitExceeded)):
+                    raise  # the client's doing
                 if not isinstance(error, (CommClosedError, trio.ClosedResourceError)):
                     _log.warning("op %r from %s failed after its caller had gone", self.op, comm.peer_address, exc_info=error)
                 return False
-            failure = error
+            failure = error.stop if type(error) is _Stopped else error
         except BaseException as error:
+            if _ends_the_server(error):
+                raise
             if trio.current_effective_deadline() == -math.inf:
                 if wanted and not self._gone and request is not None:
                     self._last_words(header)
-                raise
-            if _ends_the_server(error):
-                raise
+                raise self._only_cancelled(error) from None
             failure = RuntimeError("the handler let a trio.Cancelled escape that belongs to no cancel scope around it")
             failure.__cause__ = error
             close = True
             _log.error("op %r from %s: %s", self.op, comm.peer_address, failure, exc_info=error)
         finally:
             if request is not None:
-                server._statistics.in_flight -= 1
+                self.server._statistics.in_flight -= 1
                 self._awaited = False
-                self.op = None
+                self.request = None
                 if self._watching:
                     self._watching = False
                     comm.unwatch_end()
+        started = request is not None
         if wanted:
-            await self._send_failure(header, failure)
-        elif not isinstance(failure, DcoreError):
-            _log.error("op %r from %s failed and nobody waits for the answer", head.get("op"), comm.peer_address, exc_info=failure)
-        return not close
+            await self._send_failure(header, failure, started=started)
+        elif started:
+            _log.error("op %r from %s failed and nobody waits for the answer", op, comm.peer_address, exc_info=failure)
+        else:
+            _log.info("op %r from %s was refused, and nobody waits for the answer: %s", op, comm.peer_address, failure)
+        if not started and isinstance(failure, (RemoteProtocolError, LimitExceeded)):
+            raise failure
+        return not close and not self._said_too_much(header, reply, written)
 
-    def _find(self, op: object) -> HandlerEntry | None:
-        """The handler for an op that this peer may call; None for the pseudo-op "close"."""
-        server = self.server
-        if type(op) is not str:
-            what = "has no 'op'" if op is None else f"has an 'op' that is a {type(op).__name__}, not a str"
-            raise ValueError(f"the request {what}")
-        if server.draining:
-            server._statistics.refused += 1
-            raise ServerClosing(f"the server is shutting down; {op!r} was not started")
-        entry = server._entries.get(op)
-        if entry is None or entry.handler is not server.handlers.get(op):
-            if op in server.handlers:
-                entry = server._entries[op] = HandlerEntry.of(server.handlers[op])
-            elif op == "close":
-                return None
-            else:
-                raise UnknownOp(f"unknown op {op!r}{closest(op, server.handlers)}")
-        if op in server.blocked_handlers:
-            server._statistics.refused += 1
-            raise NotAllowed(f"the op {op!r} is blocked on this server")
-        if server.authorize is not None and not self._authorized(op):
-            server._statistics.refused += 1
-            raise NotAllowed(f"{self.comm.peer_address} may not call {op!r}")
-        return entry
+    def _opted_in(self, value: object) -> RequestHeader:
+        header = parse_request_header(value)
+        if header.id <= self._last_id:
+            raise RemoteProtocolError(f"request id {header.id} after {self._last_id}: ids must grow")
+        self._last_id = header.id
+        return header
 
-    def _authorized(self, op: str) -> bool:
-        peer = self.comm.peer
-        assert self.server.authorize is not None
-        try:
-            _ = peer.trusted  # reaches its verdict now, so that the callback finds it settled
-            return bool(self.server.authorize(peer, op))
-        except Exception:
-            _log.exception("authorize(%r, %r) failed, which refuses the request", peer, op)
-            return False
+    def _said_too_much(self, header: RequestHeader | None, reply: object, written: int) -> bool:
+        """Whether a handler wrote on the bare comm and then was answered for, which is more than its caller will read."""
+        return header is None and self.comm.messages_written - written > 1 and reply is not _ABSENT
+
+    def _only_cancelled(self, error: BaseException) -> BaseException:
+        """What of an error that passed while we are cancelled goes on; what else the handler raised ends here."""
+        if not isinstance(error, BaseExceptionGroup):
+            return error
+        cancelled, rest = error.split(trio.Cancelled)
+        if rest is not None:
+            _log.error("op %r from %s failed while it was being cancelled", self.op, self.comm.peer_address, exc_info=rest)
+        assert cancelled is not None
+        return cancelled
 
     # -- handlers ----------------------------------------------------------------------------------------------------------------
 
@@ -316,53 +307,61 @@ class Connection:
         request_variable.set(request)
         context = copy_context()
         function = entry.function
-        if entry.in_thread:
-            if self.on_wait is not None:
-                self.on_wait()
-            return await trio.to_thread.run_sync(partial(function, *args, **kwargs), limiter=entry.limiter)
         try:
+            if entry.in_thread:
+                if self.on_wait is not None:
+                    self.on_wait()
+                return await trio.to_thread.run_sync(_in_worker, function, args, kwargs, limiter=entry.limiter)
             result = context.run(function, *args, **kwargs)
         except TypeError as error:
-            mismatch = wrong_arguments(request.op, function, args, kwargs, error, Connection._call.__code__)
+            caller = _in_worker if entry.in_thread else Connection._call
+            mismatch = wrong_arguments(request.op, function, args, kwargs, error, caller.__code__)
             if mismatch is None:
                 raise
             raise mismatch from None
+        except StopIteration as stop:
+            raise _Stopped(stop) from None
         if type(result) is CoroutineType or hasattr(result, "__await__"):
             return await drive(context, result, self.on_wait)
         return result
 
     async def _run(
-        self, entry: HandlerEntry, kwargs: dict[str, Any], request: Request, header: RequestHeader | None, *, plain_call: bool
+        self, entry: HandlerEntry, kwargs: dict[str, Any], request: Request, header: RequestHeader | None, *, one_reply: bool
     ) -> Any:
         """Run a handler that is given a comm, streams, or has a deadline."""
-        comm = self.comm
-        answer = StreamAnswer(comm, header)
-        if entry.generator and (plain_call if header is None else not header.stream):
-            raise TypeError(f"{request.op!r} streams; use .stream()")
+        if entry.generator and one_reply:
+            raise _streams(request)
+        answer = StreamAnswer(self.comm, header)
         args = (answer.comm,) if entry.takes_comm else ()
-        if header is None or header.deadline is None or header.stream:
-            return await self._finish(entry, args, kwargs, request, answer)
-        request.deadline = trio.current_time() + header.deadline
-        if header.deadline > 0:
-            with trio.CancelScope(deadline=request.deadline) as scope:
-                result = await self._finish(entry, args, kwargs, request, answer)
-            if not scope.cancelled_caught:
-                return result
-        raise _cancelled_because("deadline")
+        try:
+            if header is None or header.deadline is None or header.stream:
+                result = await self._call(entry, args, kwargs, request)
+                return await self._finish(entry, result, request, answer, one_reply=one_reply)
+            request.deadline = trio.current_time() + header.deadline
+            if header.deadline > 0:
+                with trio.CancelScope(deadline=request.deadline) as scope:
+                    result = await self._call(entry, args, kwargs, request)
+                    result = await self._finish(entry, result, request, answer, one_reply=one_reply)
+                if not scope.cancelled_caught:
+                    return result
+            raise _cancelled_because("deadline")
+        finally:
+            answer.close()
 
-    async def _finish(
-        self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request, answer: StreamAnswer
-    ) -> Any:
-        result = await self._call(entry, args, kwargs, request)
-        if hasattr(result, "__anext__") and hasattr(result, "athrow"):
+    async def _finish(self, entry: HandlerEntry, result: Any, request: Request, answer: StreamAnswer, *, one_reply: bool) -> Any:
+        """Emit what a handler's result is made of; returns what there is to reply."""
+        if isinstance(result, AsyncGenerator):
+            if one_reply:
+                raise _streams(request)  # not a step of it has run
             context: Context = copy_context()
             await generate(result, context, answer.emit, self.on_wait)
             result = None
-        elif answer.streaming and not entry.takes_comm and result is not None:
+        if not answer.streaming:
+            return result
+        if not entry.takes_comm and result is not None and result is not Status.dont_reply:
             await answer.emit(result)  # a plain handler's only item, as towards a stock server
-        if answer.streaming:
-            await answer.end()
-        return result
+        await answer.end()
+        return Status.dont_reply  # the stream's end was its answer
 
     # -- answers -----------------------------------------------------------------------------------------------------------------
 
@@ -373,23 +372,43 @@ class Connection:
         except (SerializationError, UnsafePayload) as error:
             await self._send_failure(header, error)
 
-    async def _send_failure(self, header: RequestHeader | None, error: Exception) -> None:
-        await self.comm.put(self._failure_message(header, error))
+    async def _send_failure(self, header: RequestHeader | None, error: Exception, *, started: bool = False) -> None:
+        await self.comm.put(self._failure_message(header, error, started=started))
 
-    def _failure_message(self, header: RequestHeader | None, error: BaseException) -> Any:
+    def _failure_message(self, header: RequestHeader | None, error: BaseException, *, started: bool) -> Any:
+        """The answer to a request that failed; ``started`` is whether it is the handler's failure, or we refused it."""
         comm = self.comm
         trusted = comm.allows_pickle()
         limit = comm.settings.limits.error_text
         if header is not None:
-            return (ERROR, header.id, error_value(error, trusted=trusted, limit=limit))
-        return error_reply(error, trusted=trusted, extension=comm.extension is not None, limit=limit)
+            return (ERROR, header.id, error_value(error, trusted=trusted, limit=limit, started=started))
+        return error_reply(error, trusted=trusted, extension=comm.extension is not None, limit=limit, started=started)
 
     def _last_words(self, header: RequestHeader | None) -> None:
         """Tell a caller, without waiting, that its handler was cancelled."""
         try:
-            self.comm.write_nowait(self._failure_message(header, _cancelled_because(self.server._cut_reason())))
+            error = _cancelled_because(self.server._cut_reason())
+            self.comm.write_nowait(self._failure_message(header, error, started=False))
         except (CommClosedError, trio.ClosedResourceError):
             pass  # it has gone by itself
+
+
+class _Stopped(Exception):
+    """Carries a handler's StopIteration, which can't leave a coroutine as itself."""
+
+    def __init__(self, stop: StopIteration) -> None:
+        self.stop = stop
+
+
+def _in_worker(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except StopIteration as stop:
+        raise _Stopped(stop) from None
+
+
+def _streams(request: Request) -> TypeError:
+    return TypeError(f"{request.op!r} streams; use .stream()")
 
 
 def _cancelled_because(reason: str) -> HandlerCancelled:

@@ -24,6 +24,7 @@ import errno
 import logging
 import math
 import sys
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from types import TracebackType
@@ -51,6 +52,8 @@ _log = logging.getLogger("trio_dcore.server")
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _EXHAUSTED_PAUSE = 0.1
 _EXHAUSTED_LOG_EVERY = 1.0
+# How often tasks that don't end when cancelled are named, in seconds.
+_REPORT_EVERY = 1.0
 
 
 class BaseServer:
@@ -103,6 +106,7 @@ class BaseServer:
         self._accepting: trio.Nursery | None = None
         self._connection_tasks: trio.Nursery | None = None
         self._scope = trio.CancelScope()  # round all connections
+        self._reporting = trio.CancelScope(shield=True)
         self._listeners: list[Listener] = []
         self._addresses: list[str] = []
         self._connections: set[Connection] = set()
@@ -284,6 +288,7 @@ class BaseServer:
                     self._hangups = HangupWatcher()
                     guard.start_soon(self._hangups.run)
                 await guard.start(self._hold_connections, guard)
+                guard.start_soon(self._report_stragglers)
                 try:
                     async with trio.open_nursery() as accepting:
                         self._accepting = accepting
@@ -300,10 +305,28 @@ class BaseServer:
         # The shield is there only with drain_on_cancel, and _wind_down gives it its deadline the moment that it matters.
         self._scope.shield = self.drain_on_cancel > 0
         with self._scope:
-            async with trio.open_nursery() as self._connection_tasks:
-                task_status.started()
-                await self.shutdown_requested.wait()
+            try:
+                async with trio.open_nursery() as self._connection_tasks:
+                    task_status.started()
+                    await self.shutdown_requested.wait()
+            finally:
+                self._connection_tasks = None  # who was accepted in this very moment finds it closed
         guard.cancel_scope.cancel(reason="all connections have ended")
+        self._reporting.cancel(reason="all connections have ended")
+
+    async def _report_stragglers(self) -> None:
+        """Say every second what still runs although it has been cancelled.  It is waited for, never abandoned."""
+        # Shielded, for it must outlive the cancellation that it reports on; _hold_connections ends it with the last connection.
+        with self._reporting:
+            await self.shutdown_requested.wait()
+            while True:
+                await trio.sleep(_REPORT_EVERY)
+                tasks = self._connection_tasks
+                if tasks is None or not self._scope.cancel_called:
+                    continue
+                for task in tasks.child_tasks:
+                    stack = "".join(traceback.StackSummary.extract(task.iter_await_frames()).format())
+                    _log.warning("%s waits for a task that does not end: %s\n%s", self.name, task.name, stack)
 
     def _wind_down(self) -> None:
         """Close what needs no waiting.  Synchronous, for it also runs when the serving task has been cancelled."""
@@ -351,7 +374,9 @@ class BaseServer:
                 await trio.sleep(_EXHAUSTED_PAUSE)
                 continue
             assert isinstance(comm, BaseComm)
-            assert self._connection_tasks is not None
+            if self.draining or self._connection_tasks is None:
+                comm.abort()
+                return
             connection = Connection(self, comm)
             self._connections.add(connection)
             self._connection_tasks.start_soon(self._serve_connection, connection, name=f"connection from {comm.peer_address}")

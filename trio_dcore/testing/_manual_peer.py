@@ -10,11 +10,7 @@ import trio
 
 from ..comm import parse_address, parse_host_port
 from ..errors import CommClosedError
-from ..protocol._context import Buffer, DecodeContext
-from ..protocol._frames import FrameParser, pack_prelude
-from ..protocol._handshake import local_handshake
-from ..protocol._limits import Limits
-from ..protocol._messages import Decoder, dumps
+from ..protocol import Buffer, DecodeContext, Decoder, FrameParser, Limits, dumps, local_handshake, pack_prelude
 from ._faults import reset_stream
 from ._network import MemoryNetwork
 

@@ -1,0 +1,53 @@
+"""Signals: the first stops a server in order, the second now."""
+
+from __future__ import annotations
+
+import signal
+from typing import NoReturn
+
+import trio
+
+from ._server import BaseServer
+
+__all__ = ["stop_on_signals"]
+
+
+async def stop_on_signals(server: BaseServer, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """Stop a server when SIGINT or SIGTERM comes, until it has closed; for ``await nursery.start(stop_on_signals, server)``.
+
+    The first signal stops with the server's grace.  The second, of either kind, cancels what still runs, and when the server has closed
+    raises KeyboardInterrupt (SIGINT) or ``SystemExit(143)`` (SIGTERM).  Returns when the server has closed otherwise, so that a program
+    that does nothing else ends normally.
+
+    Only in the main thread.  While it waits, trio's own handling of Ctrl-C is off; without this task Ctrl-C cancels everything at once.
+
+    Cancellation: the signals have their former handlers again; the server is as it was.
+    """
+    second: signal.Signals | None = None
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                nonlocal second
+                task_status.started()
+                first = True
+                async for number in received:
+                    which = signal.Signals(number)
+                    if first:
+                        server.stop(reason=which.name)
+                        first = False
+                    elif second is None:
+                        second = which
+                        server.stop(0, reason=f"a second signal, {which.name}")
+
+            nursery.start_soon(watch)
+            await server.finished()
+            nursery.cancel_scope.cancel(reason="the server has closed")
+    if second is not None:
+        _exit_by(second)
+
+
+def _exit_by(which: signal.Signals) -> NoReturn:
+    if which is signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + which)  # as shells say it
