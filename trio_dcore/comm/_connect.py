@@ -12,7 +12,7 @@ from ..abc import Comm, CommSettings
 from .._security import Security
 from ..errors import AddressError, CommClosedError, ConnectError, LimitExceeded, LocalProtocolError, RemoteProtocolError
 from ..protocol._limits import Limits
-from ._addressing import normalize_address, parse_address
+from ._addressing import coerce_to_address, parse_address
 from ._comm import BaseComm
 from ._registry import get_transport
 
@@ -54,7 +54,7 @@ async def connect(
         LocalProtocolError: the address and the settings contradict each other.
     """
     settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
-    return await connect_with(normalize_address(address), settings, timeout)
+    return await connect_with(coerce_to_address(address), settings, timeout)
 
 
 def check_encryption(scheme: str, settings: CommSettings) -> None:
@@ -64,7 +64,7 @@ def check_encryption(scheme: str, settings: CommSettings) -> None:
 
 
 async def connect_with(address: str, settings: CommSettings, timeout: float | None) -> BaseComm:
-    """:func:`connect` for a normalized address and settings made once."""
+    """:func:`connect` for an address from :func:`coerce_to_address` and settings made once."""
     scheme, location = parse_address(address)
     check_encryption(scheme, settings)
     transport = get_transport(scheme)
@@ -84,7 +84,9 @@ async def connect_with(address: str, settings: CommSettings, timeout: float | No
             except OSError as error:
                 last_error = error
             if comm is not None:
-                assert isinstance(comm, BaseComm)
+                if not isinstance(comm, BaseComm):
+                    comm.abort()
+                    raise TypeError(f"the transport for {scheme}:// made {comm!r}, which is no trio_dcore.comm.BaseComm")
                 limit = settings.limits.handshake_timeout
                 if limit is not None:
                     scope.deadline = min(give_up, trio.current_time() + limit)

@@ -1,6 +1,7 @@
 """``inproc://``: comms inside one trio run.  Objects are passed, not bytes; lists stay lists.
 
-Only the wrappers ``Serialize``, ``ToPickle`` and the like are taken off, as Dask does.  Back-pressure is a count of messages.
+Only the wrappers ``Serialize``, ``ToPickle`` and the like are taken off, as Dask does; with ``deserialize=False`` only those that say
+pickle, which is what that means on every comm.  Back-pressure is a count of messages.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import trio
 from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from ..abc import CommSettings, Listener, Peer, Transport
-from ..errors import AddressError, CommClosedError
+from ..errors import AddressError, CommClosedError, SerializationError
 from ..protocol._context import Buffer, DecodeContext
-from ..protocol._families import deserialize
+from ..protocol._families import deserialize, unpickle_parts
 from ..protocol._handshake import FEATURES, Extension
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
 from ._comm import BaseComm
@@ -28,6 +29,9 @@ __all__ = ["InprocComm", "InprocTransport"]
 _CAPACITY = 16
 _YIELD_MESSAGES = 16
 _BACKLOG = 2048
+
+_WRAPPERS = frozenset({Serialize, Serialized, ToPickle, Pickled})
+_LOOKED_INTO = _WRAPPERS | {dict, list, tuple}
 
 # Addresses are names within one run: two runs, in two threads or one after the other, don't see each other.
 _listeners: trio.lowlevel.RunVar[dict[str, InprocListener]] = trio.lowlevel.RunVar("trio_dcore.inproc")
@@ -54,7 +58,18 @@ def _same_process() -> tuple[bool, str]:
 class InprocComm(BaseComm):
     """One end of a pair."""
 
-    __slots__ = ("_closed", "_inbox", "_other", "_peer_closed", "_reading", "_unwaited", "_wake_reader", "_wake_writers", "on_hangup")
+    __slots__ = (
+        "_closed",
+        "_inbox",
+        "_on_hangup",
+        "_other",
+        "_peer_closed",
+        "_reading",
+        "_turn",
+        "_unwaited",
+        "_wake_reader",
+        "_wake_writer",
+    )
 
     by_reference = True
 
@@ -64,13 +79,24 @@ class InprocComm(BaseComm):
         self._other: InprocComm = self
         self._inbox: deque[Any] = deque()
         self._wake_reader = ParkingLot()
-        self._wake_writers = ParkingLot()
+        self._wake_writer = ParkingLot()
+        self._turn: trio.StrictFIFOLock | None = None  # of those who wait for room, in order
         self._reading = False
         self._closed = False
         self._peer_closed = False
         self._unwaited = 0
-        #: Called when the other end is closed.
-        self.on_hangup: Callable[[], None] | None = None
+        self._on_hangup: Callable[[], None] | None = None
+
+    @property
+    def on_hangup(self) -> Callable[[], None] | None:
+        """Called when the other end is closed, or at once if it is already."""
+        return self._on_hangup
+
+    @on_hangup.setter
+    def on_hangup(self, callback: Callable[[], None] | None) -> None:
+        self._on_hangup = callback
+        if callback is not None and self._peer_closed:
+            callback()
 
     async def handshake(self) -> None:
         limits = self._other.settings.limits
@@ -96,10 +122,10 @@ class InprocComm(BaseComm):
         if self._closed:
             raise trio.ClosedResourceError("this comm was closed here")
         message = self._inbox.popleft()
-        self._other._wake_writers.unpark()
+        self._other._wake_writer.unpark()
         self.messages_read += 1
         await self._yield_sometimes()
-        return (self._unwrap(message) if self.settings.deserialize else message), None
+        return self._unwrapped(message), None
 
     def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
         raise AssertionError("inproc messages have no payload frames")  # pragma: no cover - next_head never gives any
@@ -122,19 +148,23 @@ class InprocComm(BaseComm):
         await self.put(value)
 
     async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
-        while True:
-            self._check_writable()
-            if len(self._other._inbox) < _CAPACITY:
-                break
-            self._unwaited = 0
-            await self._wake_writers.park()
-        self._pass_on(message)
+        if not self.write_nowait(message):
+            if self._turn is None:
+                self._turn = trio.StrictFIFOLock()
+            async with self._turn:
+                while True:
+                    self._check_writable()
+                    if len(self._other._inbox) < _CAPACITY:
+                        break
+                    self._unwaited = 0
+                    await self._wake_writer.park()
+                self._pass_on(message)
         await self._yield_sometimes()
         return 1  # as Dask: there are no bytes to count
 
     def write_nowait(self, message: Any) -> bool:
         self._check_writable()
-        if len(self._other._inbox) >= _CAPACITY:
+        if len(self._other._inbox) >= _CAPACITY or (self._turn is not None and self._turn.locked()):
             return False
         self._pass_on(message)
         return True
@@ -161,20 +191,52 @@ class InprocComm(BaseComm):
             self._unwaited = 0
             await cancel_shielded_checkpoint()
 
-    def _unwrap(self, message: Any) -> Any:
-        """Take the wrappers off; the object itself is returned where there are none."""
+    def _unwrapped(self, message: Any) -> Any:
+        """The message with its wrappers taken off; the object itself where there are none."""
         kind = type(message)
+        items = message.values() if kind is dict else message if kind is list or kind is tuple else (message,)
+        if _LOOKED_INTO.isdisjoint(map(type, items)):
+            return message
+        try:
+            return self._unwrap(message, {})
+        except RecursionError as error:
+            raise SerializationError("the message is nested too deeply to look for wrappers in it") from error
+
+    def _unwrap(self, value: Any, known: dict[int, Any]) -> Any:
+        kind = type(value)
+        if kind in _WRAPPERS:
+            return self._bare(value)
+        if kind not in _LOOKED_INTO:
+            return value
+        if id(value) in known:
+            return known[id(value)]
+        known[id(value)] = value  # inside of itself it stands for itself
+        result = value
         if kind is dict:
-            changed = {key: new for key, value in message.items() if (new := self._unwrap(value)) is not value}
-            return {**message, **changed} if changed else message
-        if kind is list or kind is tuple:
-            items = [self._unwrap(value) for value in message]
-            return kind(items) if any(new is not old for new, old in zip(items, message, strict=True)) else message
-        if kind is Serialize or kind is ToPickle:
-            return message.data
-        if kind is Serialized or kind is Pickled:
-            return deserialize(message.header, message.frames, DecodeContext(allow_pickle=lambda: message.trusted))
-        return message
+            changed = {key: new for key, item in value.items() if (new := self._unwrap(item, known)) is not item}
+            if changed:
+                result = known[id(value)] = {**value, **changed}
+        else:
+            items = [self._unwrap(item, known) for item in value]
+            if any(new is not old for new, old in zip(items, value, strict=True)):
+                result = known[id(value)] = kind(items)
+        return result
+
+    def _bare(self, wrapper: Any) -> Any:
+        """What is in a wrapper, or the wrapper if it is to stay."""
+        kind = type(wrapper)
+        settings = self.settings
+        if kind is ToPickle or (kind is Serialize and settings.deserialize):
+            return wrapper.data
+        if kind is Pickled or (kind is Serialized and settings.deserialize):
+            limit = settings.limits.message_trusted
+            context = DecodeContext(
+                allow_pickle=lambda: settings.security.allows_pickle(wrapper),
+                enum_modules=settings.security.enum_modules,
+                max_message=lambda: limit,
+            )
+            return (unpickle_parts if kind is Pickled else deserialize)(wrapper.header, wrapper.frames, context)
+        return wrapper
 
     def abort(self) -> None:
         if self._closed:
@@ -185,9 +247,9 @@ class InprocComm(BaseComm):
         other._peer_closed = True
         for comm in (self, other):
             comm._wake_reader.unpark_all()
-            comm._wake_writers.unpark_all()
-        if other.on_hangup is not None:
-            other.on_hangup()
+            comm._wake_writer.unpark_all()
+        if other._on_hangup is not None:
+            other._on_hangup()
 
     async def aclose(self) -> None:
         self.abort()

@@ -7,24 +7,29 @@ the comm, and hands what it finds to whoever waits for that.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 from trio.lowlevel import ParkingLot, checkpoint_if_cancelled
 
 from ..abc import Comm, Peer
-from ..errors import CommClosedError, LocalProtocolError, RemoteProtocolError
+from ..errors import (
+    CommClosedError,
+    LimitExceeded,
+    LocalProtocolError,
+    RemoteProtocolError,
+    SerializationError,
+    UnsafePayload,
+)
+from ..protocol._context import Buffer
 from ..protocol._envelope import (
-    CANCEL,
     END,
-    ERROR,
     GOODBYE,
     ITEM,
     ITEMS,
     PING,
     PONG,
-    REPLY,
     WINDOW,
     Credit,
     parse_credit,
@@ -33,6 +38,15 @@ from ..protocol._envelope import (
 from ._comm import BaseComm
 
 __all__ = ["Substream", "SubstreamComm"]
+
+
+class _Unreadable:
+    """Stands in the place of an item whose payload can't be read; taking it raises."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 class Substream:
@@ -44,20 +58,29 @@ class Substream:
         credit: what the peer lets us send at first.
         window: what we let the peer send before it needs more.
         on_end: given the kind and value of the envelope that ended the peer's side (REPLY, ERROR, END, CANCEL or GOODBYE),
-            returns the exception that further receives raise, or None for a plain end.
+            returns the exception that further receives raise, or None for a plain end; raises RemoteProtocolError if the peer may
+            not send that.
+        half_close: an END from the peer ends its items only: it still takes ours.  A client's does; a server's ends the request.
+        on_map: given a message that is a map, where the peer may answer with one, returns what on_end returns.
     """
 
     __slots__ = (
         "_comm",
         "_credit_items",
         "_credit_size",
+        "_deaf",
         "_ended",
         "_failure",
+        "_half_close",
         "_inbox",
         "_on_end",
+        "_on_map",
         "_outstanding_items",
         "_outstanding_size",
         "_reading",
+        "_receiving",
+        "_senders",
+        "_sending",
         "_turn",
         "_used_items",
         "_used_size",
@@ -67,7 +90,15 @@ class Substream:
     )
 
     def __init__(
-        self, comm: BaseComm, id: int, *, credit: Credit, window: Credit, on_end: Callable[[int, object], Exception | None]
+        self,
+        comm: BaseComm,
+        id: int,
+        *,
+        credit: Credit,
+        window: Credit,
+        on_end: Callable[[int, object], Exception | None],
+        half_close: bool = False,
+        on_map: Callable[[dict[Any, Any]], Exception | None] | None = None,
     ) -> None:
         self._comm = comm
         self.id = id
@@ -75,13 +106,19 @@ class Substream:
         self._credit_size = credit.size
         self._window = window
         self._on_end = on_end
+        self._half_close = half_close
+        self._on_map = on_map
         self._inbox: deque[tuple[Any, int]] = deque()
-        self._ended = False
+        self._ended = False  # the peer sends no more items
+        self._deaf = False  # the peer takes no more items
         self._failure: Exception | None = None
         self._outstanding_items = self._outstanding_size = 0  # received, credit not yet given back
         self._used_items = self._used_size = 0  # of these, taken by our user
-        self._reading = False
-        self._turn = ParkingLot()
+        self._receiving = False  # a receive waits
+        self._reading = False  # a receive or a send reads the comm
+        self._turn = ParkingLot()  # those who wait for what the reader finds
+        self._sending = False
+        self._senders = ParkingLot()  # those who wait for their turn to send
         self.items_sent = 0
 
     @property
@@ -90,8 +127,13 @@ class Substream:
         return self._ended
 
     @property
+    def deaf(self) -> bool:
+        """Whether the peer takes no more items."""
+        return self._deaf
+
+    @property
     def drained(self) -> bool:
-        """Whether it has, and all that came was taken."""
+        """Whether nothing more comes, and all that came was taken."""
         return self._ended and not self._inbox
 
     async def receive(self) -> Any:
@@ -101,25 +143,36 @@ class Substream:
 
         Raises:
             trio.EndOfChannel: the peer ended its side.
+            trio.BusyResourceError: another task waits for an item.
             CommClosedError: the comm ended or broke.
+            SerializationError, UnsafePayload, TypeError: this item can't be read; the next one can.
         """
         await checkpoint_if_cancelled()
-        while not self._inbox:
-            if self._failure is not None:
-                raise self._failure
-            if self._ended:
-                raise trio.EndOfChannel
-            await self._read_one()
+        if not self._inbox:
+            if self._receiving:
+                raise trio.BusyResourceError("another task is receiving from this stream")
+            self._receiving = True
+            try:
+                while not self._inbox:
+                    if self._failure is not None:
+                        raise self._failure
+                    if self._ended:
+                        raise trio.EndOfChannel
+                    await self._read_one()
+            finally:
+                self._receiving = False
         value, size = self._inbox.popleft()
         self._used_items += 1
         self._used_size += size
         window = self._window
         if not self._ended and (2 * self._used_items >= window.items or 2 * self._used_size >= window.size):
             self._grant()
+        if type(value) is _Unreadable:
+            raise value.error
         return value
 
     def _grant(self) -> None:
-        """Give the peer back the credit for what was taken; tried again with the next item if there is no room now."""
+        """Give the peer back the credit for what was taken; tried again with the next item if far too much waits to be sent."""
         try:
             sent = self._comm.write_soon((WINDOW, self.id, (self._used_items, self._used_size)))
         except (CommClosedError, trio.ClosedResourceError):
@@ -129,8 +182,13 @@ class Substream:
             self._outstanding_size -= self._used_size
             self._used_items = self._used_size = 0
 
-    async def send(self, value: Any) -> int:
+    async def send(self, value: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
         """Send an item, waiting for credit; returns its size in bytes.
+
+        Args:
+            value: the item.
+            on_error: as for :meth:`Comm.write`; None is "raise".
+            serializers: likewise.
 
         Cancellation: delivered before the first byte, or it closes the comm.
 
@@ -139,26 +197,51 @@ class Substream:
             SerializationError, UnsafePayload: the item can't be sent; the stream is as it was.
         """
         await checkpoint_if_cancelled()
-        while self._credit_items <= 0 or self._credit_size <= 0:
-            if self._failure is not None and not isinstance(self._failure, trio.EndOfChannel):
-                raise CommClosedError("the other side has ended the stream and takes no more items") from self._failure
-            if self._ended:
-                raise CommClosedError("the other side has ended the stream and takes no more items")
-            await self._read_one()
-        self._credit_items -= 1
+        await self._begin_sending()
         try:
-            size = await self._comm.put((ITEM, self.id, value))
-        except BaseException:
-            self._credit_items += 1
-            raise
-        self._credit_size -= size
+            while True:
+                if self._deaf:
+                    raise CommClosedError("the other side has ended the stream and takes no more items") from self._failure
+                if self._credit_items > 0 and self._credit_size > 0:
+                    break
+                await self._read_one()
+            self._credit_items -= 1
+            envelope = (ITEM, self.id, value)
+            try:
+                if on_error is None or on_error == "raise":
+                    size = await self._comm.put(envelope, serializers)
+                else:
+                    size = await self._comm.write(envelope, on_error=on_error, serializers=serializers)
+            except BaseException:
+                self._credit_items += 1
+                raise
+            if not self._comm.by_reference:  # there, only items are counted
+                self._credit_size -= size
+        finally:
+            self._end_sending()
         self.items_sent += 1
         return size
 
     async def send_end(self) -> None:
-        """Say that nothing more comes from this side."""
+        """Say that nothing more comes from this side, behind the items that are being sent."""
         await checkpoint_if_cancelled()
-        await self._comm.put((END, self.id, None))
+        await self._begin_sending()
+        try:
+            await self._comm.put((END, self.id, None))
+        finally:
+            self._end_sending()
+
+    async def _begin_sending(self) -> None:
+        """Wait for our turn: only when one item has left is it known what credit there is for the next."""
+        if self._sending:
+            await self._senders.park()  # woken by whoever has the turn, and then it is ours
+        self._sending = True
+
+    def _end_sending(self) -> None:
+        if self._senders:
+            self._senders.unpark()
+        else:
+            self._sending = False
 
     async def _read_one(self) -> None:
         """Read one envelope, or wait until another task has."""
@@ -171,19 +254,37 @@ class Substream:
             if found is None:
                 raise CommClosedError(f"{self._comm.peer_address} closed the comm in the middle of a stream")
             head, frames = found
-            self._take(*parse_envelope(head if frames is None else self._comm.resolve(frames)))
-        except RemoteProtocolError:
+            message = head if frames is None else self._resolve(head, frames)
+            if type(message) is dict and self._on_map is not None:
+                self._ended = self._deaf = True
+                self._failure = self._on_map(message)
+            else:
+                self._take(*parse_envelope(message))
+        except (RemoteProtocolError, LimitExceeded):
             self._comm.abort()
             raise
         finally:
             self._reading = False
             self._turn.unpark_all()
 
+    def _resolve(self, head: object, frames: list[Buffer]) -> object:
+        """The message with its payloads; one that can't be read is an error for whoever takes it, not for whoever finds it."""
+        try:
+            return self._comm.resolve(frames)
+        except (SerializationError, UnsafePayload, TypeError) as error:
+            if type(head) is dict:
+                raise
+            kind, identity, value = parse_envelope(head)
+            unreadable = _Unreadable(error)
+            if kind == ITEMS and type(value) is tuple:
+                return kind, identity, (unreadable,) * len(value)
+            return kind, identity, unreadable
+
     def _take(self, kind: int, identity: int, value: object) -> None:
-        if identity != self.id and kind != GOODBYE:
-            if identity < self.id:
-                return  # left over from an earlier request on this comm, e.g. credit that crossed its end
+        if identity > self.id:
             raise RemoteProtocolError(f"an envelope for request {identity} while {self.id} is the last")
+        if identity < self.id and kind != GOODBYE:
+            return  # left over from an earlier request on this comm, e.g. credit that crossed its end
         if kind == ITEM:
             self._arrived((value,))
         elif kind == ITEMS:
@@ -195,12 +296,14 @@ class Substream:
             self._credit_items += credit.items
             self._credit_size += credit.size
         elif kind == PING:
-            # If there's no room for the answer then bytes of ours are waiting, and they will show that we live.
             self._comm.write_soon((PONG, self.id, None))
-        elif kind in (REPLY, ERROR, END, CANCEL, GOODBYE):
+        elif kind != PONG:  # which needs nothing: that it came is the news
+            if kind == GOODBYE and identity == self.id:
+                raise RemoteProtocolError("a goodbye in answer to the request that it names as taken up")
+            failure = self._on_end(kind, value)
             self._ended = True
-            self._failure = self._on_end(kind, value)
-        # a PONG needs nothing: that it came is the news
+            self._deaf = self._deaf or kind != END or not self._half_close
+            self._failure = value.error if type(value) is _Unreadable else failure
 
     def _arrived(self, values: tuple[Any, ...]) -> None:
         window = self._window
@@ -214,6 +317,9 @@ class Substream:
         last = len(values) - 1
         for index, value in enumerate(values):
             self._inbox.append((value, size if index == last else 0))
+
+
+_CLOSED_HERE = "this comm was closed here"
 
 
 class SubstreamComm(Comm):
@@ -231,46 +337,54 @@ class SubstreamComm(Comm):
         self._substream = substream
         self._comm = comm
         self._refusal = refusal
-        self._closed = False
+        self._closed = ""  # why, once it is
 
-    async def write(self, message: Any, *, on_error: str | None = None, serializers: object = None) -> int:
-        if self._closed:
-            raise CommClosedError("this comm was closed here")
-        if self._refusal:
-            raise LocalProtocolError(self._refusal)
-        return await self._substream.send(message)
+    async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
+        try:
+            return await self._write(message, on_error, serializers)
+        except trio.ClosedResourceError as error:
+            raise CommClosedError(str(error)) from error
 
     async def send(self, value: Any) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("this comm was closed here")
-        await self.write(value)
+        await self._write(value, None, None)
+
+    async def _write(self, message: Any, on_error: str | None, serializers: Sequence[str] | None) -> int:
+        self._check_open()
+        if self._refusal:
+            raise LocalProtocolError(self._refusal)
+        return await self._substream.send(message, on_error=on_error or "message", serializers=serializers)
 
     async def read(self) -> Any:
-        if self._closed:
-            raise CommClosedError("this comm was closed here")
         try:
-            return await self._substream.receive()
+            return await self.receive()
         except trio.EndOfChannel:
             raise CommClosedError("the client has ended its side of the stream") from None
         except trio.ClosedResourceError as error:
             raise CommClosedError(str(error)) from error
 
     async def receive(self) -> Any:
-        if self._closed:
-            raise trio.ClosedResourceError("this comm was closed here")
+        self._check_open()
         return await self._substream.receive()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError(self._closed)
+
     def abort(self) -> None:
-        self._closed = True
+        self._closed = self._closed or _CLOSED_HERE
         self._comm.abort()
 
     async def aclose(self) -> None:
         """Take and send no more items on this request.  The connection itself goes on: it is the server's."""
-        self._closed = True
+        self._closed = self._closed or _CLOSED_HERE
         await trio.lowlevel.checkpoint()
 
+    def detach(self) -> None:
+        """The request has ended, and with it this view of the connection.  Not a checkpoint."""
+        self._closed = self._closed or "the request that this comm belonged to has ended"
+
     def closed(self) -> bool:
-        return self._closed or self._comm.closed()
+        return bool(self._closed) or self._comm.closed()
 
     @property
     def local_address(self) -> str:

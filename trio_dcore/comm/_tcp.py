@@ -254,26 +254,20 @@ class TCPListener(Listener):
     async def accept(self) -> FramedComm:
         await checkpoint_if_cancelled()
         while True:
+            if self._accepted >= _ACCEPT_RUN:
+                self._accepted = 0
+                await cancel_shielded_checkpoint()
             if self._socket.fileno() == -1:
                 raise trio.ClosedResourceError("this listener was closed")
+            self._accepted += 1
             try:
-                comm = make_comm(self._socket.accept()[0], self._settings)
-                break
+                return make_comm(self._socket.accept()[0], self._settings)
             except BlockingIOError:
                 self._accepted = 0
                 await wait_readable(self._socket)
             except OSError as error:
                 if error.errno not in _DEAD_ON_ARRIVAL:
                     raise
-                await self._take_turns()
-        await self._take_turns()
-        return comm
-
-    async def _take_turns(self) -> None:
-        self._accepted += 1
-        if self._accepted >= _ACCEPT_RUN:
-            self._accepted = 0
-            await cancel_shielded_checkpoint()
 
     def close(self) -> None:
         if self._socket.fileno() != -1:

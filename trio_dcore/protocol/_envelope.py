@@ -78,8 +78,8 @@ def parse_request_header(value: object) -> RequestHeader:
     if type(value) is not dict:
         raise RemoteProtocolError(f"the request's {KEY!r} is {_shown(value)}, not a map")
     identity = value.get("id")
-    if type(identity) is not int or not 0 <= identity <= _MAX_ID:
-        raise RemoteProtocolError(f"the request's id is {_shown(identity)}, not an integer from 0 to 2**63 - 1")
+    if type(identity) is not int or not 1 <= identity <= _MAX_ID:
+        raise RemoteProtocolError(f"the request's id is {_shown(identity)}, not an integer from 1 to 2**63 - 1")
     if len(value) == 1:
         return RequestHeader(identity)
     deadline = value.get("deadline")

@@ -176,8 +176,7 @@ class Connection:
                 if type(head) is tuple and comm.extension is not None and self._last_id:
                     self._left_over(head)
                     continue
-                error = ValueError(f"a request must be a dict with an 'op', not a {type(head).__name__}")
-                await self._send_failure(None, error)
+                await self._send_failure(None, ValueError(f"a request must be a dict with an 'op', not a {type(head).__name__}"))
             elif not await self._answer(head, frames):
                 return
 
@@ -205,7 +204,7 @@ class Connection:
                 header = self._opted_in(head[KEY])
             entry = find_handler(self.server, comm.peer, op)
             if frames is not None:
-                message: dict[Any, Any] = comm.resolve(frames)  # type: ignore[assignment]  # phase one found a dict
+                message: dict[Any, Any] = comm.resolve(frames)  # phase one found a dict
             else:
                 message = dict(head) if comm.by_reference else head
             del message["op"]

@@ -49,7 +49,7 @@ def _steps(
                 result = stop.value
                 break
     if cancelled and whole:
-        yield from checkpoint_if_cancelled()  # type: ignore[misc]  # a coroutine, which is fine in a types.coroutine
+        yield from checkpoint_if_cancelled()
     return result
 
 
@@ -70,4 +70,4 @@ def drive(
             raised: a handler that was cut has no result.  False for one step of a handler, which may see to that itself later.
     """
     coroutine = awaitable if type(awaitable) is types.CoroutineType else _awaited(awaitable)
-    return _steps(context, coroutine, on_wait, whole)  # type: ignore[no-any-return]
+    return _steps(context, coroutine, on_wait, whole)

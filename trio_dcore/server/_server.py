@@ -129,7 +129,7 @@ class BaseServer:
     @property
     def status(self) -> Status:
         """Where the server is in its life: init, running, closing_gracefully, closing, closed; failed after a failed start."""
-        return Status.failed if self._failed else self._life.value  # type: ignore[no-any-return]
+        return Status.failed if self._failed else self._life.value
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -304,15 +304,15 @@ class BaseServer:
         """Keep the nursery of all connections open until shutdown has begun and the last of them has ended."""
         # The shield is there only with drain_on_cancel, and _wind_down gives it its deadline the moment that it matters.
         self._scope.shield = self.drain_on_cancel > 0
-        with self._scope:
-            try:
+        try:
+            with self._scope:
                 async with trio.open_nursery() as self._connection_tasks:
                     task_status.started()
                     await self.shutdown_requested.wait()
-            finally:
-                self._connection_tasks = None  # who was accepted in this very moment finds it closed
+        finally:
+            self._connection_tasks = None  # who is accepted in this very moment finds it closed
+            self._reporting.cancel(reason="all connections have ended")
         guard.cancel_scope.cancel(reason="all connections have ended")
-        self._reporting.cancel(reason="all connections have ended")
 
     async def _report_stragglers(self) -> None:
         """Say every second what still runs although it has been cancelled.  It is waited for, never abandoned."""
