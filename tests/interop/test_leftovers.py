@@ -25,9 +25,11 @@ async def test_a_thread_is_seen(watch: Any) -> None:
     end = threading.Event()
     thread = threading.Thread(target=end.wait, name="forgotten")
     thread.start()
-    assert leftovers.found() == ["forgotten"]
-    end.set()
-    thread.join()
+    try:
+        assert leftovers.found() == ["forgotten"]
+    finally:
+        end.set()
+        thread.join()
     assert leftovers.found() == []
 
 

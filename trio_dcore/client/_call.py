@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -27,7 +27,7 @@ from ..protocol._remote_errors import exception_from_reply, exception_from_value
 if TYPE_CHECKING:
     from ._pool import ConnectionPool
 
-__all__ = ["call", "checked", "closed_error", "notify", "send_recv"]
+__all__ = ["call", "checked", "closed_error", "map_error", "notify", "send_recv"]
 
 
 class _NeverStarted(Exception):
@@ -44,11 +44,11 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
     await checkpoint_if_cancelled()
     said_goodbye = False
     while True:
-        comm = pool.reuse(address, op)
+        comm = None if said_goodbye else pool.reuse(address, op)
         fresh = False
         if comm is None:
             try:
-                comm, fresh = await pool.acquire(address, op)
+                comm, fresh = await pool.acquire(address, op, anew=said_goodbye)
             except ConnectError as error:
                 if said_goodbye:
                     raise ServerClosing(f"{address} is shutting down and did not start {op!r}") from error
@@ -85,19 +85,21 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
         except BaseException:
             pool.discard(comm)
             raise
-        _give_back(pool, comm, close)
         if isinstance(answer, _Failure):
+            _give_back(pool, comm, close or answer.last)
             raise answer.error
+        _give_back(pool, comm, close)
         return answer
 
 
 class _Failure:
-    """An answer that says that the handler failed."""
+    """An answer that says that the handler failed; after the last one the server closes the comm."""
 
-    __slots__ = ("error",)
+    __slots__ = ("error", "last")
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, *, last: bool = False) -> None:
         self.error = error
+        self.last = last
 
 
 def _give_back(pool: ConnectionPool, comm: BaseComm, close: bool) -> None:
@@ -126,6 +128,8 @@ async def _enveloped_answer(comm: BaseComm, op: str, deserializers: Sequence[str
             raise CommClosedError("it closed the comm without an answer")
         head, frames = found
         message = head if frames is None else comm.resolve(frames, deserializers)
+        if type(message) is dict:
+            return _Failure(map_error(message, comm.allows_pickle), last=True)
         kind, of, value = parse_envelope(message)
         if kind == REPLY and of == identity:
             return value
@@ -141,6 +145,13 @@ async def _enveloped_answer(comm: BaseComm, op: str, deserializers: Sequence[str
             await comm.put((PONG, identity, None))
         elif kind != PONG:
             raise RemoteProtocolError(f"an envelope of kind {kind} in answer to a call of {op!r} that takes one reply")
+
+
+def map_error(message: dict[Any, Any], allow_pickle: Callable[[], bool]) -> Exception:
+    """The error in a map that came where an envelope belongs: the server couldn't tell which request was meant, and closes."""
+    if message.get("status") != "uncaught-error":
+        raise RemoteProtocolError("expected an envelope [kind, id, value], got a map that is no error")
+    return exception_from_reply(message, allow_pickle=allow_pickle)
 
 
 async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, Any]) -> None:
@@ -176,8 +187,8 @@ async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, 
 
 def checked(op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a call, if they may be such."""
-    if "op" in kwargs or "comm" in kwargs:
-        raise TypeError("'op' and 'comm' can't be arguments of a call: they have a meaning of their own")
+    if "op" in kwargs or "comm" in kwargs or KEY in kwargs:
+        raise TypeError(f"'op', 'comm' and {KEY!r} can't be arguments of a call: they have a meaning of their own")
     if type(op) is not str or not op:
         raise TypeError(f"an op is a non-empty str, not {op!r}")
     return kwargs

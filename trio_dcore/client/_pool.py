@@ -16,8 +16,8 @@ import trio
 
 from .._security import Security
 from ..abc import CommSettings
-from ..comm import BaseComm, coerce_to_address, connect_with
-from ..errors import CommClosedError, LimitExceeded, RPCClosed
+from ..comm import BaseComm, check_encryption, coerce_to_address, connect_with, get_transport, parse_address
+from ..errors import CommClosedError, ConnectError, LimitExceeded, RemoteProtocolError, RPCClosed
 from ..protocol._limits import Limits
 from ._pool_policy import PoolPolicy, Slot, Waiter
 from ._rpc_call import PooledRPC
@@ -64,6 +64,7 @@ class ConnectionPool:
         self.timeout = timeout
         self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers, pooled=True)
         self._policy = PoolPolicy(limit)
+        self._idle_limit = self.settings.limits.idle
         self._closed = False
         self._removed: dict[Slot, str] = {}  # connecting slots whose address was removed meanwhile, and why
 
@@ -163,6 +164,8 @@ class ConnectionPool:
         if self._closed:
             raise RPCClosed(f"{op!r} was called on a closed pool")
         policy = self._policy
+        if self._idle_limit is not None:
+            self._abort_idle(policy.expired(trio.current_time() - self._idle_limit))
         while (comm := policy.reuse(address, op)) is not None:
             # Readable means ended, or a message that nobody asked for: either way not fit for the next call.
             if not comm.stale():
@@ -171,8 +174,13 @@ class ConnectionPool:
             comm.abort()
         return None
 
-    async def acquire(self, address: str, op: str) -> tuple[BaseComm, bool]:
+    async def acquire(self, address: str, op: str, *, anew: bool = False) -> tuple[BaseComm, bool]:
         """A comm for one call: (the comm, whether it is fresh).
+
+        Args:
+            address: of the server.
+            op: what is called, for messages.
+            anew: don't use an idle one, and make one attempt to connect, at once: the server has just said goodbye.
 
         Cancellation: nothing is lost; a slot or comm that had been assigned goes to the next call.
 
@@ -182,34 +190,34 @@ class ConnectionPool:
             RPCClosed: the pool is closed, or was meanwhile.
             LimitExceeded: no slot became free within ``Limits.pool_wait``.
         """
-        comm = self.reuse(address, op)
+        comm = None if anew else self.reuse(address, op)
         if comm is not None:
             return comm, False
         policy = self._policy
-        idle = self.settings.limits.idle
-        if idle is not None:
-            for old in policy.expired(trio.current_time() - idle):
-                old.abort()
         slot, evicted = policy.reserve(address, op)
         if evicted is not None:
             evicted.abort()
-        if slot is None:
+        while slot is None:
             waiter = await self._wait(address, op)
-            if waiter.comm is not None:
-                if not waiter.comm.stale():
-                    return waiter.comm, False
-                self.discard(waiter.comm)
-                return await self.acquire(address, op)
-            assert waiter.slot is not None
-            slot = waiter.slot
-        return await self._connect(slot), True
+            slot, comm = waiter.slot, waiter.comm
+            if comm is not None:
+                if not comm.stale():
+                    return comm, False
+                comm.abort()
+                slot = policy.replace(comm)  # None if the address was removed meanwhile, and the slot is somebody else's
+        return await self._connect(slot, once=anew), True
 
-    async def _connect(self, slot: Slot) -> BaseComm:
+    async def _connect(self, slot: Slot, *, once: bool) -> BaseComm:
         try:
             with slot.scope:
-                comm = await connect_with(slot.address, self.settings, self.timeout)
-                self._policy.connected(slot, comm)
-                return comm
+                if once:
+                    comm = await _connect_once(slot.address, self.settings, self.timeout)
+                else:
+                    comm = await connect_with(slot.address, self.settings, self.timeout)
+                if not slot.scope.cancel_called:
+                    self._policy.connected(slot, comm)
+                    return comm
+                comm.abort()  # the connection was made in the very moment in which we were told that nobody wants it any more
         finally:
             self._policy.cancel_connecting(slot)  # does nothing if it became a comm
             reason = self._removed.pop(slot, None)
@@ -235,6 +243,7 @@ class ConnectionPool:
                 self.release(comm)
             raise
         if self._closed:
+            policy.give_up(waiter)
             raise RPCClosed(f"the pool was closed while {op!r} waited for a comm")
         if not waiter.woken.is_set():
             policy.give_up(waiter)
@@ -265,3 +274,23 @@ class ConnectionPool:
         """A call is over and its comm must not be used again.  Not a checkpoint."""
         self._policy.discard(comm)
         comm.abort()
+
+
+async def _connect_once(address: str, settings: CommSettings, timeout: float | None) -> BaseComm:
+    """Make one attempt to connect; any failure of it is a ConnectError."""
+    scheme, location = parse_address(address)
+    check_encryption(scheme, settings)
+    patience = min(math.inf if limit is None else limit for limit in (timeout, settings.limits.handshake_timeout))
+    comm = None
+    try:
+        with trio.fail_after(patience):
+            comm = await get_transport(scheme).connect(location, settings)
+            assert isinstance(comm, BaseComm)
+            await comm.handshake()
+    except BaseException as error:
+        if comm is not None:
+            comm.abort()
+        if isinstance(error, (OSError, RemoteProtocolError, LimitExceeded, trio.TooSlowError)):
+            raise ConnectError(f"could not connect to {address}: {str(error) or 'it took too long'}") from error
+        raise
+    return comm

@@ -5,6 +5,7 @@ Nothing here does I/O or waits.  The pool (:mod:`._pool`) asks, and closes, conn
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -121,8 +122,20 @@ class PoolPolicy:
 
     def discard(self, comm: BaseComm) -> None:
         """A comm was closed, or is about to be; its slot is free."""
-        if self.busy.pop(comm, None) is not None:
+        used_for = self.busy.pop(comm, None)
+        if used_for is not None:
+            self._forget_if_empty(used_for[0])
             self._freed()
+
+    def replace(self, comm: BaseComm) -> Slot | None:
+        """A comm that was handed to a waiting call had died meanwhile: the slot for another, None if it isn't the call's any more."""
+        used_for = self.busy.pop(comm, None)
+        if used_for is None:
+            return None
+        self._forget_if_empty(used_for[0])
+        slot = Slot(*used_for)
+        self.connecting.add(slot)
+        return slot
 
     def cancel_connecting(self, slot: Slot) -> None:
         """No comm came of the slot; it is free."""
@@ -144,19 +157,15 @@ class PoolPolicy:
         return None
 
     def forget_idle(self, comm: BaseComm) -> None:
-        """An idle comm is to be closed.  If a call waits it gets the slot."""
+        """An idle comm is to be closed.  (No call waits while there is one: it would have been closed for that.)"""
         address, _ = self.idle_since.pop(comm)
-        comms = self.idle[address]
-        comms.remove(comm)
-        if not comms:
-            del self.idle[address]
+        self.idle[address].remove(comm)
+        self._forget_if_empty(address)
 
     def expired(self, before: float) -> list[BaseComm]:
-        """Take out the idle comms that have been so since before a time."""
-        found = [comm for comm, (_, since) in self.idle_since.items() if since < before]
-        for comm in found:
-            self.forget_idle(comm)
-        return found
+        """The idle comms that have been so since a time, or for longer."""
+        ordered = itertools.takewhile(lambda item: item[1][1] <= before, self.idle_since.items())
+        return [comm for comm, _ in ordered]
 
     def holders(self) -> dict[str, int]:
         """How many slots each op holds."""
@@ -165,6 +174,11 @@ class PoolPolicy:
         for op in ops:
             counts[op] = counts.get(op, 0) + 1
         return counts
+
+    def _forget_if_empty(self, address: str) -> None:
+        # Left alone when its last comm is taken for a call, which nearly always brings it back.
+        if not self.idle.get(address, True):
+            del self.idle[address]
 
     def _freed(self) -> None:
         if self.waiters and self.open < self.limit:

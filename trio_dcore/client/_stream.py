@@ -10,10 +10,18 @@ import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
 from ..comm import BaseComm, Substream
-from ..errors import CommClosedError, LocalProtocolError, RemoteProtocolError, RPCClosed, ServerClosing
+from ..errors import (
+    CommClosedError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    RPCClosed,
+    SerializationError,
+    ServerClosing,
+    UnsafePayload,
+)
 from ..protocol._envelope import END, ERROR, GOODBYE, KEY, REPLY, Credit
 from ..protocol._remote_errors import exception_from_reply, exception_from_value
-from ._call import closed_error
+from ._call import closed_error, map_error
 
 if TYPE_CHECKING:
     from ._pool import ConnectionPool
@@ -52,6 +60,9 @@ class RemoteStream:
             try:
                 source: _Enveloped | _Plain = _Plain(comm) if comm.extension is None else _Enveloped(comm)
                 await comm.put(source.request(self._op, self._kwargs))
+            except (SerializationError, UnsafePayload):
+                pool.release(comm)  # nothing was sent
+                raise
             except (CommClosedError, trio.ClosedResourceError) as error:
                 pool.discard(comm)
                 if getattr(error, "nothing_sent", False) and not fresh:
@@ -159,12 +170,14 @@ class _Enveloped:
         comm.last_id += 1
         self._allow_pickle = comm.allows_pickle
         self._sent_eof = False
+        self._dismissed = False  # the server closes the comm
         self._substream = Substream(
             comm,
             comm.last_id,
             credit=Credit(*extension.window),
             window=Credit(limits.window, limits.window_bytes),
             on_end=self._server_ended,
+            on_map=self._server_lost_track,
         )
 
     def request(self, op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -176,8 +189,13 @@ class _Enveloped:
         if kind == ERROR:
             return exception_from_value(value, allow_pickle=self._allow_pickle)
         if kind == GOODBYE:
+            self._dismissed = True
             return ServerClosing("the server is shutting down and did not start the stream")
-        return RemoteProtocolError("the server has ended the stream in a way that only clients may")
+        raise RemoteProtocolError(f"an envelope of kind {kind}, which only clients may send")
+
+    def _server_lost_track(self, message: dict[Any, Any]) -> Exception:
+        self._dismissed = True
+        return map_error(message, self._allow_pickle)
 
     async def receive(self) -> Any:
         return await self._substream.receive()
@@ -188,14 +206,22 @@ class _Enveloped:
         await self._substream.send(value)
 
     async def send_eof(self) -> None:
-        if not self._sent_eof:
-            self._sent_eof = True
+        if self._sent_eof:
+            return
+        self._sent_eof = True
+        if self._substream.deaf:
+            return  # there is nobody to tell
+        try:
             await self._substream.send_end()
+        except BaseException:
+            self._sent_eof = False
+            raise
 
     @property
     def reusable(self) -> bool:
         """Whether the next request may follow: all was said, by both sides."""
-        return self._substream.ended and (self._substream.items_sent == 0 or self._sent_eof)
+        substream = self._substream
+        return substream.ended and not self._dismissed and (substream.items_sent == 0 or self._sent_eof)
 
 
 class _Plain:

@@ -7,9 +7,9 @@ phases: the *head* (frame 0 with its markers in place) is read first, so that a 
 ``resolve`` touches a payload.
 
 Writing: the message is encoded first, which may fail without harm.  Nearly always nobody else is in the middle of a write and the
-kernel takes all of it at once: one system call and no lock.  Only if the kernel takes less does the writer become the owner of the
-send lock, behind which others queue in order.  What code that can't wait has to say, such as the credit of a stream, is *owed* if
-the kernel does not take it: whoever writes next sends it first, and if nobody does, a task of the system's.
+kernel takes all of it at once: one system call and no lock.  Only if the kernel takes less does the writer become the owner of
+the send lock, behind which others queue in order.  What code that can't wait has to say, such as the credit of a stream, is
+*owed* if the kernel does not take it: whoever writes next sends it first, and if nobody does, a task of the system's.
 
 A frame is atomic: whatever interrupts a write after its first byte, or a read inside a message, closes the comm.
 """

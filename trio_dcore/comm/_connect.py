@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import trio
 
-from ..abc import Comm, CommSettings
 from .._security import Security
+from ..abc import Comm, CommSettings
 from ..errors import AddressError, CommClosedError, ConnectError, LimitExceeded, LocalProtocolError, RemoteProtocolError
 from ..protocol._limits import Limits
 from ._addressing import coerce_to_address, parse_address
@@ -101,7 +101,8 @@ async def connect_with(address: str, settings: CommSettings, timeout: float | No
         seconds, setting = settings.limits.handshake_timeout, "Limits.handshake_timeout"
     else:
         seconds, setting = timeout, "timeout"
-    raise ConnectError(f"could not connect to {address} within {seconds} s ({setting}): {last_error or 'no answer'}") from last_error
+    why = last_error or "no answer"
+    raise ConnectError(f"could not connect to {address} within {seconds} s ({setting}): {why}") from last_error
 
 
 async def _handshake(comm: BaseComm, address: str) -> None:

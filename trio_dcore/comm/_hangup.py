@@ -2,8 +2,8 @@
 
 On Linux one epoll set per server holds every connection's socket, registered once for EPOLLRDHUP and nothing else.  It is itself
 one descriptor that a single task waits for, so a peer that closes is noticed while its handler runs, without reading from the
-socket, also behind a request that was pipelined.  Elsewhere, and on streams without a socket, a task watches while a handler waits
-(:class:`~trio_dcore.comm._watch.EndWatch`).
+socket, also behind a request that was pipelined.  Elsewhere, and on streams without a socket, a task watches while a handler
+waits (:class:`~trio_dcore.comm._watch.EndWatch`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``inproc://``: comms inside one trio run.  Objects are passed, not bytes; lists stay lists.
 
-Only the wrappers ``Serialize``, ``ToPickle`` and the like are taken off, as Dask does; with ``deserialize=False`` only those that say
-pickle, which is what that means on every comm.  Back-pressure is a count of messages.
+Only the wrappers ``Serialize``, ``ToPickle`` and the like are taken off, as Dask does; with ``deserialize=False`` only those that
+say pickle, which is what that means on every comm.  Back-pressure is a count of messages.
 """
 
 from __future__ import annotations

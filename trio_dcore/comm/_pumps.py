@@ -29,7 +29,7 @@ _LONGEST = 2**31 - 1
 # A small first read is measurably cheaper than a large one: CPython allocates the whole buffer and then shrinks it.
 _SMALL_READ = 4 * KiB
 _LARGE_READ = 64 * KiB
-# Reads and writes that need no wait let other tasks run after this many bytes, of which every message counts for some more than it
+# Reads and writes that need no wait let other tasks run after this many bytes, and every message counts for some more than it
 # has: that makes 16 small messages or 64 KiB, as the architecture document promises (section 3.2).
 YIELD_BYTES = 64 * KiB
 MESSAGE_WEIGHT = YIELD_BYTES // 16
@@ -82,6 +82,7 @@ class Pump(ABC):
     def fileno(self) -> int | None:
         """The socket's descriptor, or None if there is none."""
 
+    @abstractmethod
     def set_user_timeout(self, seconds: float) -> None:
         """Have the system end the connection when what was sent stays unacknowledged for so long, if it can."""
 
@@ -168,9 +169,7 @@ class SocketPump(Pump):
         return self.socket.fileno()
 
     def set_user_timeout(self, seconds: float) -> None:
-        option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
-        if option is not None and self.socket.family in (socket.AF_INET, socket.AF_INET6):
-            self.socket.setsockopt(socket.IPPROTO_TCP, option, max(1, int(min(seconds * 1000, _LONGEST))))
+        _set_user_timeout(self.socket, seconds)
 
     def readable(self) -> bool:
         try:
@@ -242,10 +241,19 @@ class StreamPump(Pump):
             skip = 0
 
     def fileno(self) -> int | None:
+        sock = self._socket()
+        return None if sock is None else sock.fileno()
+
+    def set_user_timeout(self, seconds: float) -> None:
+        sock = self._socket()
+        if sock is not None:
+            _set_user_timeout(sock, seconds)
+
+    def _socket(self) -> trio.socket.SocketType | None:
         stream = self.stream
         if isinstance(stream, trio.SSLStream):
             stream = stream.transport_stream
-        return stream.socket.fileno() if isinstance(stream, trio.SocketStream) else None
+        return stream.socket if isinstance(stream, trio.SocketStream) else None
 
     def readable(self) -> bool:
         return False
@@ -261,6 +269,12 @@ class StreamPump(Pump):
             await self.stream.aclose()
         finally:
             self._closed = True
+
+
+def _set_user_timeout(sock: socket.socket | trio.socket.SocketType, seconds: float) -> None:
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux
+    if option is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(min(seconds * 1000, _LONGEST))))
 
 
 def _close_now(stream: trio.abc.AsyncResource) -> None:

@@ -77,7 +77,7 @@ async def open_socket(host: str, port: int) -> socket.socket:
             raise AddressError(f"{host!r} can't be the name of a host: {error}") from error
         sock = socket.socket(fileno=stream.socket.detach())
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            # trio's streams set it; for messages it costs a quarter of the rate (performance document, section 3).  0: the default.
+            # trio's streams set it; for messages that costs a quarter of the rate (performance document, section 3).  0: default.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
         return sock
     # A literal address needs none of that, which costs four times the connect itself (measured: 221 against 49 µs).
@@ -125,7 +125,7 @@ def make_comm(sock: socket.socket, settings: CommSettings) -> FramedComm:
     try:
         local, remote = sock.getsockname(), sock.getpeername()
         if local == remote:
-            # A port from which the system also takes those of clients, and nobody listens: TCP may then connect a socket to itself.
+            # TCP may connect a socket to itself where nobody listens on a port that the system also gives to clients.
             raise ConnectionRefusedError(errno.ECONNREFUSED, f"nobody listens on {socket_address(remote)}")
         set_options(sock, settings.limits)
         loopback = is_loopback(local[0]) and is_loopback(remote[0])

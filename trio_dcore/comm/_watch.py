@@ -1,7 +1,7 @@
 """Noticing that a peer has gone on streams whose hang-up no socket tells.
 
-While a handler waits, a task reads ahead: bytes are kept for the next read, the end of the stream is reported.  Whoever reads the comm
-meanwhile takes precedence: two tasks can't wait for one stream, so the watch pauses until that read is over.
+While a handler waits, a task reads ahead: bytes are kept for the next read, the end of the stream is reported.  Whoever reads the
+comm meanwhile takes precedence: two tasks can't wait for one stream, so the watch pauses until that read is over.
 """
 
 from __future__ import annotations
