@@ -144,6 +144,11 @@ class BaseComm(Comm):
     def stale(self) -> bool:
         """Whether an idle comm must not be used again: closed, ended, or with something to read that nobody asked for."""
 
+    @property
+    @abstractmethod
+    def reading(self) -> bool:
+        """Whether a task is reading the comm, so that it will find the end by itself."""
+
     @abstractmethod
     def socket_fileno(self) -> int | None:
         """The descriptor whose hang-up means that the peer has gone, or None where there is none."""
@@ -280,6 +285,8 @@ class FramedComm(BaseComm):
                 serializers=self.settings.serializers,
                 extensions=extensions,
                 on_error="raise",
+                # Receivers need no shards; without them a payload is one buffer at both ends, and is never joined by copying.
+                shard=None,
                 forward_untrusted=self.settings.security.pickle == "always",
             )
         )
@@ -356,6 +363,10 @@ class FramedComm(BaseComm):
             self._watch.stop()
             if not self._watch.reading:
                 self._watch = None  # else the next read waits for it to let go
+
+    @property
+    def reading(self) -> bool:
+        return self._reading and (self._watch is None or not self._watch.reading)
 
     @property
     def buffered(self) -> int:

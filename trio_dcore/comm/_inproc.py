@@ -261,6 +261,10 @@ class InprocComm(BaseComm):
     def stale(self) -> bool:
         return self._closed or self._peer_closed or bool(self._inbox)
 
+    @property
+    def reading(self) -> bool:
+        return self._reading
+
     def socket_fileno(self) -> int | None:
         return None
 

@@ -107,8 +107,10 @@ def join_small(prelude: bytes, frames: Sequence[Buffer]) -> list[Buffer]:
     joined: list[Buffer] = []
     pending: list[Buffer] = [prelude]
     for frame in frames:
-        if _nbytes(frame) < 32 * KiB:
-            pending.append(frame)
+        size = _nbytes(frame)
+        if size < 32 * KiB:
+            if size:
+                pending.append(frame)
             continue
         if pending:
             joined.append(b"".join(pending))
@@ -199,7 +201,7 @@ class FrameParser:
         if self._position >= len(self._buffer):
             self._buffer = data
         elif self._missing > 0:
-            self._gathered += data
+            self._gathered.extend(data)
             self._missing -= len(data)
             if self._missing > 0:
                 return
@@ -272,7 +274,7 @@ class FrameParser:
         self._check_message(outer)
         if available < 8 + prelude:
             if prelude >= _GATHER:
-                self._gathered += memoryview(buffer)[position:]
+                self._gathered.extend(memoryview(buffer)[position:])
                 self._missing = 8 + prelude - available
             return False
         lengths = Struct(f"<{count}Q").unpack_from(buffer, position + 16)

@@ -118,7 +118,7 @@ class Connection:
     def hung_up(self) -> None:
         """The peer has closed its end; it may be that requests from before are still unread."""
         self._gone = True
-        if self._awaited:
+        if self._awaited and not self.comm.reading:  # a handler that is reading finds the end behind what it has not read yet
             self.scope.cancel(reason="the caller has gone")
 
     def handler_waits(self) -> None:

@@ -34,15 +34,16 @@ import trio
 
 from .._security import Security
 from .._util import to_raise
-from ..abc import CommSettings, Listener, Peer
+from ..abc import Comm, CommSettings, Listener, Peer
 from ..comm import BaseComm, HangupWatcher, InprocComm, check_encryption, get_transport, listen_address, parse_address
 from ..errors import LocalProtocolError
 from ..protocol._limits import Limits
 from ._connection import Connection
-from ._handlers import Handler, HandlerEntry
+from ._handlers import Handler, HandlerEntry, run_to_end
 from ._request import request_variable
 from ._statistics import Counters, ServerStatistics
 from ._status import Life, Status
+from ._stream_handlers import handle_stream
 
 __all__ = ["BaseServer"]
 
@@ -85,6 +86,9 @@ class BaseServer:
                 raise TypeError(f"the handler for {op!r} is {handler!r}, which can't be called")
         self.handlers: dict[str, Handler] = {"identity": self.identity, "echo": self.echo, **(handlers or {})}
         self.stream_handlers: dict[str, Handler] = dict(stream_handlers or {})
+        if self.stream_handlers:
+            # What its peer has sent is handled, also if the peer has gone since: the stream ends where its last message does.
+            self.handlers.setdefault("connection_stream", run_to_end(self.connection_stream))
         self.blocked_handlers: set[str] = set(blocked_handlers)
         self.connection_limit = connection_limit
         self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
@@ -123,6 +127,21 @@ class BaseServer:
     def echo(self, data: Any = None) -> Any:
         """Return ``data``."""
         return data
+
+    async def connection_stream(self, comm: Comm) -> None:
+        """Serve ``stream_handlers`` to the caller, as ``distributed.core.Server.connection_stream``; reachable only if there are any."""
+        await self.handle_stream(comm)
+
+    async def handle_stream(self, comm: Comm, extra: Mapping[str, Any] | None = None) -> None:
+        """Run ``stream_handlers`` for the messages of a comm until its stream ends; then close it.
+
+        A message with an unknown op, or whose handler raises, is logged and dropped.
+
+        Args:
+            comm: nobody else reads it.
+            extra: further keyword arguments for every handler; a key of the message wins over them.
+        """
+        await handle_stream(comm, self.stream_handlers, extra)
 
     # -- what it is --------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,69 @@
+"""Dask's message streams: batches of small messages that nobody answers (wire document, section 7)."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ..abc import Comm
+from ..errors import CommClosedError
+from ._handlers import Handler
+
+__all__ = ["handle_stream"]
+
+_log = logging.getLogger("trio_dcore.server")
+
+
+async def handle_stream(comm: Comm, handlers: Mapping[str, Handler], extra: Mapping[str, Any] | None = None) -> None:
+    """Read messages and run the handler that each one's ``op`` names, one after the other, until the stream ends; then close the comm.
+
+    A message is a dict or a list of dicts.  ``{"op": "close-stream"}`` ends the stream, the string ``"OK"`` drops the rest of its list, an
+    empty ``op`` is skipped.  Where Dask would end the stream, a message with an unknown or missing ``op``, or whose handler raises, is
+    logged and dropped, and the rest goes on.
+
+    Args:
+        comm: nobody else reads it.
+        handlers: op -> callable, plain or async; results are discarded.
+        extra: further keyword arguments for every handler; a key of the message wins over them.
+
+    Cancellation: closes the comm; a message that was being handled is not handled again.
+    """
+    try:
+        while True:
+            batch = await comm.read()
+            if not isinstance(batch, (list, tuple)):
+                batch = (batch,)
+            for message in batch:
+                if isinstance(message, str) and message == "OK":
+                    break
+                if isinstance(message, dict) and message.get("op") == "close-stream":
+                    return
+                await _handle(message, handlers, extra or {}, comm)
+    except CommClosedError as error:
+        _log.debug("a stream from %s ended: %s", comm.peer_address, error)
+    finally:
+        await comm.close()
+
+
+async def _handle(message: object, handlers: Mapping[str, Handler], extra: Mapping[str, Any], comm: Comm) -> None:
+    if not isinstance(message, dict) or "op" not in message:
+        what = "a message without an op" if isinstance(message, dict) else f"a {type(message).__name__} instead of a dict"
+        _log.warning("dropped from the stream of %s: %s", comm.peer_address, what)
+        return
+    op = message["op"]
+    if not op:
+        return
+    handler = handlers.get(op) if isinstance(op, str) else None
+    if handler is None:
+        _log.warning("dropped from the stream of %s: a message with the unknown op %.100r", comm.peer_address, op)
+        return
+    arguments = {**extra, **message}
+    del arguments["op"]
+    try:
+        result = handler(**arguments)
+        if inspect.isawaitable(result):
+            await result
+    except Exception:
+        _log.exception("the stream handler %r failed for a message from %s; the stream goes on", op, comm.peer_address)
