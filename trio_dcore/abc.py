@@ -13,7 +13,7 @@ import trio
 from ._security import Security
 from .protocol._limits import Limits
 
-__all__ = ["Comm", "CommSettings", "Listener", "Peer", "PeerKind", "Transport"]
+__all__ = ["Comm", "CommSettings", "Listener", "Peer", "PeerKind", "Transport", "family_names"]
 
 PeerKind = Literal["inproc", "unix", "loopback", "tls", "tcp", "memory"]
 
@@ -95,13 +95,14 @@ class CommSettings:
             security=_DEFAULT_SECURITY if security is None else security,
             limits=_default_limits() if limits is None else limits,
             deserialize=deserialize,
-            serializers=_families("serializers", serializers),
-            deserializers=_families("deserializers", deserializers),
+            serializers=family_names("serializers", serializers),
+            deserializers=family_names("deserializers", deserializers),
             pooled=pooled,
         )
 
 
-def _families(parameter: str, names: Sequence[str] | None) -> tuple[str, ...] | None:
+def family_names(parameter: str, names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Check the names of serialization families that a call was given."""
     if names is None:
         return None
     if isinstance(names, str):

@@ -1,8 +1,8 @@
 """How the reference tests of shutdown behaviour are run.
 
-``@reference("A02", "m i t")`` runs one body over each transport: ``m`` (memory://) and ``i`` (inproc://) in virtual time, where instants are
-exact, ``t`` (tcp://) on the real clock with times scaled down and asserted with slack.  Every run is inside ``no_leaks()`` and must be
-quiet: nothing above INFO is logged.
+``@reference("A02", "m i t")`` runs one body over each transport: ``m`` (memory://) and ``i`` (inproc://) in virtual time, where
+instants are exact, ``t`` (tcp://) on the real clock with times scaled down and asserted with slack.  Every run is inside
+``no_leaks()`` and must be quiet: nothing above INFO is logged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALE = 0.1
 SLACK = 3.0
 # Above this nothing has waited for what it should not have waited for, whatever the machine is doing.
 PROMPT = 1.0
-# Where the table gives a real bound such as 50 ms, a busy machine gets so many tries: what waits for something is slow every time.
+# Where the table gives a real bound such as 50 ms, a busy machine gets so many tries: what waits for something is slow each time.
 TRIES = 5
 
 
@@ -69,7 +69,7 @@ class Wire:
 
     @contextmanager
     def lasts(self, nominal: float, *, at_most: float | None = None) -> Iterator[None]:
-        """The block lasts exactly so long in virtual time; on a real clock at least that and less than SLACK times that (+ PROMPT).
+        """The block lasts exactly so long in virtual time; on a real clock at least that and at most SLACK times that + PROMPT.
 
         ``at_most`` (nominal) gives an upper bound of its own: for things that may be quicker.
         """
@@ -101,8 +101,10 @@ class Wire:
             yield server, await server.listen(self.where)
 
     @asynccontextmanager
-    async def serving(self, handlers: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[tuple[Server, str, trio.Event]]:
-        """A server under ``serve()``, its address, and an event that says that ``serve()`` has returned.  The block must stop it."""
+    async def serving(
+        self, handlers: dict[str, Any] | None = None, **options: Any
+    ) -> AsyncIterator[tuple[Server, str, trio.Event]]:
+        """A server under ``serve()``, its address, and an event that says that ``serve()`` has returned; the block stops it."""
         server = Server(handlers, **options)
         returned = trio.Event()
 
@@ -131,10 +133,10 @@ class Wire:
         comm.abort()
         return False
 
-    def logged(self, above: int = logging.INFO) -> list[logging.LogRecord]:
-        """What the library, and trio, have logged above a level."""
+    def loud(self) -> list[logging.LogRecord]:
+        """What has been logged above INFO."""
         assert self.log is not None
-        return [record for record in self.log.records if record.levelno > above and record.name.startswith("trio")]
+        return [record for record in self.log.records if is_loud(record)]
 
     async def manual(self, address: str) -> ManualPeer:
         """A peer that speaks by hand (not over inproc, which has no bytes)."""
@@ -155,7 +157,7 @@ def reference(
         over: letters of transports, as in the table's column.
         existing: the ones that exist now.
         real: on the real clock over every transport, where the table says R and threads or processes are in it.
-        quiet: nothing above INFO may be logged (property P12); False where the row itself is about something that is worth a warning.
+        quiet: nothing above INFO may be logged (property P12); False where the row is about something that is worth a warning.
     """
     transports = [letter for letter in over.split() if letter in existing]
 
@@ -166,8 +168,8 @@ def reference(
             caplog.set_level(logging.DEBUG)
             run(body, transport, caplog, real=real)
             if quiet:
-                loud = [f"{record.levelname} {record.name}: {record.getMessage()}" for record in caplog.records if is_loud(record)]
-                assert not loud, "an orderly run is quiet (reference(..., quiet=False) otherwise):\n" + "\n".join(loud)
+                loud = "\n".join(f"{each.levelname} {each.name}: {each.getMessage()}" for each in caplog.records if is_loud(each))
+                assert not loud, f"an orderly run is quiet (if this isn't one: reference(..., quiet=False)):\n{loud}"
 
         # functools.wraps shows pytest the body's signature otherwise.
         del test.__wrapped__
@@ -231,6 +233,42 @@ def _patience(transport: str) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+class Outcome:
+    """How an operation ended that ran in a task of its own: ``nursery.start_soon(outcome.of, remote.work)``.
+
+    Attributes:
+        error: what it raised, None if it returned.
+        at: the time at which it ended.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.at = math.nan
+        self._values: list[Any] = []
+        self._ended = trio.Event()
+
+    async def of(self, operation: Callable[[], Awaitable[Any]]) -> None:
+        """Run the operation and keep what comes of it."""
+        try:
+            self._values.append(await operation())
+        except Exception as error:
+            self.error = error
+        self.at = trio.current_time()
+        self._ended.set()
+
+    async def ended(self) -> None:
+        """Wait for its end."""
+        await self._ended.wait()
+
+    @property
+    def value(self) -> Any:
+        """What it returned; what it raised is raised."""
+        if self.error is not None:
+            raise self.error
+        (value,) = self._values
+        return value
 
 
 class Journal:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
-from ..abc import Comm
+from ..abc import Comm, family_names
 from ..comm import BaseComm
 from ..errors import (
     CommClosedError,
@@ -21,6 +21,7 @@ from ..errors import (
     ServerClosing,
     UnsafePayload,
 )
+from ..protocol._context import Buffer
 from ..protocol._envelope import ERROR, GOODBYE, KEY, PING, PONG, REPLY, parse_envelope
 from ..protocol._remote_errors import exception_from_reply, exception_from_value
 
@@ -40,7 +41,9 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
     if not reply:
         return await notify(pool, address, op, kwargs)
     close = kwargs.get("close", False)
-    deserializers = kwargs.pop("deserializers", None)
+    serializers, deserializers = pool.families
+    if "serializers" in kwargs or "deserializers" in kwargs or deserializers is not None:
+        serializers, deserializers = families(pool, kwargs)
     await checkpoint_if_cancelled()
     said_goodbye = False
     while True:
@@ -55,7 +58,7 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
                 raise
         try:
             if comm.extension is None:
-                await comm.put({"op": op, **kwargs, "reply": True})
+                await comm.put({"op": op, **kwargs, "reply": True}, serializers)
                 answer = await _plain_answer(comm, op, deserializers)
             else:
                 comm.last_id += 1
@@ -63,8 +66,13 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
                 deadline = trio.current_effective_deadline()
                 if deadline != math.inf:
                     header["deadline"] = deadline - trio.current_time()
-                await comm.put({"op": op, **kwargs, "reply": True, KEY: header})
-                answer = await _enveloped_answer(comm, op, deserializers)
+                await comm.put({"op": op, **kwargs, "reply": True, KEY: header}, serializers)
+                found = await comm.next_head()
+                head = None if found is None or found[1] is not None else found[0]
+                if type(head) is tuple and len(head) == 3 and head[0] == REPLY and head[1] == comm.last_id:
+                    answer = head[2]  # what nearly all answers are
+                else:
+                    answer = await _enveloped_answer(comm, op, deserializers, found)
         except (SerializationError, UnsafePayload):
             # Ours: nothing was sent.  Or of the answer: it was read whole.  Either way the comm is as before.
             _give_back(pool, comm, close)
@@ -90,6 +98,23 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
             raise answer.error
         _give_back(pool, comm, close)
         return answer
+
+
+def families(
+    pool: ConnectionPool, kwargs: dict[str, Any]
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Take ``serializers`` and ``deserializers`` out of a call's keywords; as in Dask, put what the server may use into ``serializers``.
+
+    Returns (families for the request, families accepted in the answer); None for the comm's own.
+    """
+    own_serializers, own_deserializers = pool.settings.serializers, pool.settings.deserializers
+    serializers = family_names("serializers", kwargs.pop("serializers", None))
+    deserializers = family_names("deserializers", kwargs.pop("deserializers", None))
+    if deserializers is None:
+        deserializers = serializers or own_deserializers or own_serializers
+    if deserializers is not None:
+        kwargs["serializers"] = deserializers
+    return serializers, deserializers
 
 
 class _Failure:
@@ -120,10 +145,12 @@ async def _plain_answer(comm: BaseComm, op: str, deserializers: Sequence[str] | 
     return answer
 
 
-async def _enveloped_answer(comm: BaseComm, op: str, deserializers: Sequence[str] | None) -> Any:
+async def _enveloped_answer(
+    comm: BaseComm, op: str, deserializers: Sequence[str] | None, found: tuple[Any, list[Buffer] | None] | None
+) -> Any:
+    """The answer to the last request; ``found`` is the first message that came."""
     identity = comm.last_id
     while True:
-        found = await comm.next_head()
         if found is None:
             raise CommClosedError("it closed the comm without an answer")
         head, frames = found
@@ -131,20 +158,21 @@ async def _enveloped_answer(comm: BaseComm, op: str, deserializers: Sequence[str
         if type(message) is dict:
             return _Failure(map_error(message, comm.allows_pickle), last=True)
         kind, of, value = parse_envelope(message)
-        if kind == REPLY and of == identity:
-            return value
-        if kind == GOODBYE and of < identity:
-            raise _NeverStarted
-        if of != identity:
-            if of < identity:
-                continue  # left over from an earlier request on this comm
+        if of > identity:
             raise RemoteProtocolError(f"an answer to request {of} while {identity} is the last")
-        if kind == ERROR:
-            return _Failure(exception_from_value(value, allow_pickle=comm.allows_pickle))
-        if kind == PING:
-            await comm.put((PONG, identity, None))
-        elif kind != PONG:
-            raise RemoteProtocolError(f"an envelope of kind {kind} in answer to a call of {op!r} that takes one reply")
+        if of == identity:
+            if kind == REPLY:
+                return value
+            if kind == ERROR:
+                return _Failure(exception_from_value(value, allow_pickle=comm.allows_pickle))
+            if kind == PING:
+                await comm.put((PONG, identity, None))
+            elif kind != PONG:
+                raise RemoteProtocolError(f"an envelope of kind {kind} in answer to a call of {op!r} that takes one reply")
+        elif kind == GOODBYE:
+            raise _NeverStarted
+        # else it is left over from an earlier request on this comm
+        found = await comm.next_head()
 
 
 def map_error(message: dict[Any, Any], allow_pickle: Callable[[], bool]) -> Exception:
@@ -158,12 +186,13 @@ async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, 
     """Have ``op`` run without an answer; returns when the request is with the kernel."""
     if kwargs.pop("deserializers", None) is not None:
         raise TypeError("deserializers= has no meaning where no answer comes")
+    serializers = family_names("serializers", kwargs.pop("serializers", None))
     close = kwargs.get("close", False)
     await checkpoint_if_cancelled()
     while True:
         comm, fresh = await pool.acquire(address, op)
         try:
-            await comm.put({"op": op, **kwargs, "reply": False})
+            await comm.put({"op": op, **kwargs, "reply": False}, serializers)
         except (SerializationError, UnsafePayload):
             pool.release(comm)
             raise
@@ -216,8 +245,8 @@ async def send_recv(
         op: the handler's name.
         reply: False returns None at once, and the handler runs without an answer.
         close: have the server close the connection after its answer.
-        serializers: families that the server may use for ``Serialize`` payloads of its answer.
-        deserializers: families accepted in ``Serialize`` payloads of the answer.
+        serializers: families for ``Serialize`` payloads of the request.
+        deserializers: families for those of the answer, which the server is told; ``serializers`` by default.
         **kwargs: the handler's arguments.
 
     Cancellation: closes the comm, which cancels the handler at a trio_dcore server.
@@ -232,11 +261,13 @@ async def send_recv(
     request = {"op": op, **kwargs, "reply": reply}
     if close:
         request["close"] = True
-    if serializers is not None:
-        request["serializers"] = tuple(serializers)
+    if deserializers is None:
+        deserializers = serializers
+    if deserializers is not None:
+        request["serializers"] = tuple(deserializers)
     answer = None
     try:
-        await comm.write(request, on_error="raise")
+        await comm.write(request, on_error="raise", serializers=serializers)
         if reply:
             answer = await _plain_answer(comm, op, deserializers)
     except (SerializationError, UnsafePayload):

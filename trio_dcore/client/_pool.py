@@ -63,6 +63,9 @@ class ConnectionPool:
             raise ValueError(f"limit={limit!r}: a pool needs room for at least 1 comm")
         self.timeout = timeout
         self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers, pooled=True)
+        #: Families for the payloads of a call that names none: (its request, its answer); None for the comm's own.
+        self.families = None, self.settings.deserializers or self.settings.serializers
+        self._idle_limit = self.settings.limits.idle
         self._policy = PoolPolicy(limit)
         self._idle_limit = self.settings.limits.idle
         self._closed = False
@@ -266,7 +269,8 @@ class ConnectionPool:
         if comm.closed():
             self.discard(comm)
             return
-        refused = self._policy.release(comm, trio.current_time(), last=last)
+        now = 0.0 if self._idle_limit is None else trio.current_time()
+        refused = self._policy.release(comm, now, last=last)
         if refused is not None:
             refused.abort()
 

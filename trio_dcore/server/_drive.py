@@ -13,6 +13,7 @@ from contextvars import Context
 from typing import Any
 
 import trio
+from outcome import Error
 from trio.lowlevel import checkpoint_if_cancelled
 
 __all__ = ["drive"]
@@ -35,14 +36,15 @@ def _steps(
         try:
             value = yield trap
         except BaseException as error:
-            if isinstance(error, trio.Cancelled):
-                cancelled = True
             try:
                 trap = run(coroutine.throw, error)
             except StopIteration as stop:
                 result = stop.value
                 break
         else:
+            # This is how trio delivers what wait_task_rescheduled() raises.
+            if type(value) is Error and isinstance(value.error, trio.Cancelled):
+                cancelled = True
             try:
                 trap = run(send, value)
             except StopIteration as stop:

@@ -58,8 +58,13 @@ class MemoryStream(trio.abc.HalfCloseableStream):
             self._sending = False
 
     def send_nowait(self, data: bytes) -> int:
-        """Send what there is room for and return its size.  Not a checkpoint.  Raises as :meth:`send_all` does."""
+        """Send what there is room for and return its size, 0 while a task is in :meth:`send_all`.
+
+        Not a checkpoint.  Raises as :meth:`send_all` does.
+        """
         self._check_sendable()
+        if self._sending:
+            return 0  # it would get in between that task's bytes
         pipe = self._outgoing
         size = min(len(data), max(0, pipe.capacity - len(pipe.data)))
         if size:
@@ -74,8 +79,13 @@ class MemoryStream(trio.abc.HalfCloseableStream):
         if pipe.gone or pipe.reset:
             raise trio.BrokenResourceError("the other end was closed" if pipe.gone else "the connection was reset")
 
+    @property
+    def closed(self) -> bool:
+        """Whether this end was closed, here: by :meth:`close` or :meth:`aclose`."""
+        return self._closed
+
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until there is room."""
+        """Wait until there is room, or until sending would fail."""
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
         self._sending = True
@@ -142,7 +152,10 @@ class MemoryStream(trio.abc.HalfCloseableStream):
         self._incoming.wake()
 
     def reset(self) -> None:
-        """Close as a connection that is reset: what is on its way is lost, and both ends get BrokenResourceError."""
+        """Break as a connection that is reset: what is on its way is lost, and both ends get BrokenResourceError.
+
+        Both ends are still to be closed.  Not a checkpoint.
+        """
         for pipe in (self._outgoing, self._incoming):
             pipe.reset = True
             pipe.data.clear()

@@ -15,7 +15,7 @@ from ..comm import FramedComm, StreamPump, register_transport
 from ..errors import AddressError, LocalProtocolError
 from ._memory import MemoryStream, memory_stream_pair
 
-__all__ = ["MemoryNetwork", "memory_network"]
+__all__ = ["MemoryNetwork", "MemoryStreamListener", "current_network", "memory_network"]
 
 Side = Literal["client", "server"]
 Wrap = Callable[[trio.abc.Stream, Side], trio.abc.Stream]
@@ -36,13 +36,34 @@ class MemoryNetwork:
         self.capacity = capacity
         self.connections: list[tuple[MemoryStream, MemoryStream]] = []
         self.wrap: Wrap | None = None
-        self._listeners: dict[str, _MemoryListener] = {}
+        self._listeners: dict[str, MemoryStreamListener] = {}
         self._numbers = itertools.count(1)
+
+    def open_ends(self) -> list[str]:
+        """The ends of connections that were not closed, in words."""
+        return [
+            f"the {side} end of memory connection {number}"
+            for number, pair in enumerate(self.connections, 1)
+            for side, stream in zip(("client", "server"), pair, strict=True)
+            if not stream.closed
+        ]
 
     async def connect_stream(self, address: str) -> MemoryStream:
         """A bare stream to a listener, for tests that speak bytes."""
         await trio.lowlevel.checkpoint()
         return self._connect(address.removeprefix("memory://"))
+
+    async def listen_streams(self, address: str = "memory://") -> MemoryStreamListener:
+        """Accept bare streams at an address, for tests that are a server by hand; ``listener.address`` is the one it got."""
+        await trio.lowlevel.checkpoint()
+        return self._listen(address.removeprefix("memory://"))
+
+    def _listen(self, location: str) -> MemoryStreamListener:
+        location = location or f"server-{next(self._numbers)}"
+        if location in self._listeners:
+            raise AddressError(f"memory://{location} is taken")
+        listener = self._listeners[location] = MemoryStreamListener(self, location)
+        return listener
 
     def _connect(self, location: str) -> MemoryStream:
         listener = self._listeners.get(location)
@@ -60,48 +81,89 @@ class MemoryNetwork:
         return FramedComm(StreamPump(stream), local_address=local, peer=peer, settings=settings)
 
 
-class _MemoryListener(Listener):
-    def __init__(self, network: MemoryNetwork, location: str, settings: CommSettings) -> None:
+class MemoryStreamListener(trio.abc.Listener[MemoryStream]):
+    """Accepts bare streams at a ``memory://`` address; made by :meth:`MemoryNetwork.listen_streams`."""
+
+    def __init__(self, network: MemoryNetwork, location: str) -> None:
         self._network = network
         self._location = location
-        self._settings = settings
         self._waiting: deque[MemoryStream] = deque()
         self._wake = trio.lowlevel.ParkingLot()
         self._closed = False
 
     @property
-    def listen_address(self) -> str:
+    def address(self) -> str:
+        """Where it listens."""
         return f"memory://{self._location}"
 
-    @property
-    def contact_address(self) -> str:
-        return self.listen_address
-
     def deliver(self, stream: MemoryStream) -> None:
+        """A connection was made."""
         self._waiting.append(stream)
         self._wake.unpark()
 
-    async def accept(self) -> Comm:
+    async def accept(self) -> MemoryStream:
+        """Wait for a connection.  Cancellation: none is lost."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._waiting:
             if self._closed:
                 raise trio.ClosedResourceError("this listener was closed")
             await self._wake.park()
-        network = self._network
-        client = f"memory://client-{next(network._numbers)}"
-        return network._comm(self._waiting.popleft(), "server", self.listen_address, client, self._settings)
+        stream = self._waiting.popleft()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return stream
 
     def close(self) -> None:
+        """Stop listening; connections that nobody accepted are reset, as the kernel does with its backlog.  Not a checkpoint."""
         if self._closed:
             return
         self._closed = True
         self._network._listeners.pop(self._location, None)
         while self._waiting:
-            self._waiting.popleft().reset()  # as the kernel does with its backlog
+            stream = self._waiting.popleft()
+            stream.reset()
+            stream.close()
         self._wake.unpark_all()
+
+    async def aclose(self) -> None:
+        """Stop listening, as :meth:`close`."""
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+
+class _MemoryListener(Listener):
+    """Makes comms of what a MemoryStreamListener accepts."""
+
+    def __init__(self, network: MemoryNetwork, streams: MemoryStreamListener, settings: CommSettings) -> None:
+        self._network = network
+        self._streams = streams
+        self._settings = settings
+
+    @property
+    def listen_address(self) -> str:
+        return self._streams.address
+
+    @property
+    def contact_address(self) -> str:
+        return self._streams.address
+
+    async def accept(self) -> Comm:
+        stream = await self._streams.accept()
+        client = f"memory://client-{next(self._network._numbers)}"
+        return self._network._comm(stream, "server", self._streams.address, client, self._settings)
+
+    def close(self) -> None:
+        self._streams.close()
 
 
 _current: trio.lowlevel.RunVar[MemoryNetwork | None] = trio.lowlevel.RunVar("trio_dcore.memory_network", None)
+
+
+def current_network() -> MemoryNetwork | None:
+    """The one of this trio run, if any."""
+    try:
+        return _current.get()
+    except RuntimeError:
+        return None  # trio doesn't run here
 
 
 class _MemoryTransport(Transport):
@@ -124,11 +186,7 @@ class _MemoryTransport(Transport):
     async def listen(self, location: str, settings: CommSettings) -> list[Listener]:
         network = self._network()
         await trio.lowlevel.checkpoint()
-        location = location or f"server-{next(network._numbers)}"
-        if location in network._listeners:
-            raise AddressError(f"memory://{location} is taken")
-        listener = network._listeners[location] = _MemoryListener(network, location, settings)
-        return [listener]
+        return [_MemoryListener(network, network._listen(location), settings)]
 
 
 register_transport(_MemoryTransport(), replace=True)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import logging
+import math
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import trio
 
-from ._faults import FaultStream
+from .._util import leaves
+from ._faults import FaultStream, How
+from ._leaks import Inventory, LeakError
 from ._network import MemoryNetwork, Side, memory_network
 
 __all__ = ["SweepError", "WireCut", "cancel_sweep", "wire_sweep"]
+
+_log = logging.getLogger("trio_dcore.testing")
 
 
 class SweepError(AssertionError):
@@ -19,74 +26,98 @@ class SweepError(AssertionError):
 
 
 class _CancelAtStep(trio.abc.Instrument):
-    """Cancels a scope just before the n-th step of one task."""
+    """Cancels a scope just before the n-th step that any task makes, or only one."""
 
-    def __init__(self, task: trio.lowlevel.Task, scope: trio.CancelScope, step: int) -> None:
+    def __init__(self, task: trio.lowlevel.Task | None, scope: trio.CancelScope, step: int) -> None:
         self._task = task
         self._scope = scope
         self._left = step
         self.fired = False
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if task is self._task and not self.fired:
+        if not self.fired and (self._task is None or task is self._task):
             self._left -= 1
             if self._left == 0:
                 self.fired = True
-                self._scope.cancel()
+                self._scope.cancel(reason="cancel_sweep has come to its step")
 
 
 async def cancel_sweep(
     scenario: Callable[[], Awaitable[object]],
     *,
     check: Callable[[], Awaitable[object]] | None = None,
+    steps: Literal["all", "own"] = "all",
+    patience: float = 60.0,
     limit: int = 2000,
 ) -> int:
     """Run a scenario once for every step that it has, cancelled at that step.
 
-    The first run is cancelled before the first time that the scenario's task goes on after waiting, the next before the second, and so
-    on until a run ends by itself.
+    The first run is cancelled before the first step that a task makes after the scenario has begun, the next before the second, and
+    so on until a run ends by itself.  After each run, and its check, there must be no task and no descriptor that was not there
+    before.
 
     Args:
         scenario: runs in a task of its own, under a scope that is cancelled.  It may be cancelled anywhere; anything else that it
             raises is a finding.
         check: runs after each, not cancelled: say here what must hold, e.g. that the next call works.
+        steps: "all" counts the steps of every task, so that the scenario is also cancelled at each moment of what others, such as a
+            server, do for it while it waits; "own" counts only those of the scenario's task.
+        patience: seconds after which a run is a hang.
         limit: give up after so many steps: the scenario never ends.
 
     Returns:
         How many runs were cancelled.
 
     Raises:
-        SweepError: the scenario or the check raised; the message names the step.
+        SweepError: the scenario or the check raised, hung or left something behind; the message names the step.
     """
     for step in range(1, limit + 1):
+        before = Inventory()
         try:
-            fired = await _cancelled_at(scenario, step)
+            fired = await _cancelled_at(scenario, step, steps == "own", patience)
             if check is not None:
-                await check()
-        except trio.Cancelled:
-            raise
+                with _no_hang("the check", patience):
+                    await check()
+            await _nothing_left(before)
         except BaseException as error:
-            raise SweepError(f"cancelled at step {step}: {error!r}") from error
+            _raise_if_not_ours(error)
+            raise SweepError(f"cancelled at step {step}: {_said(error)}") from error
         if not fired:
             return step - 1
     raise SweepError(f"the scenario did not end within {limit} steps")
 
 
-async def _cancelled_at(scenario: Callable[[], Awaitable[object]], step: int) -> bool:
+async def _cancelled_at(scenario: Callable[[], Awaitable[object]], step: int, own: bool, patience: float) -> bool:
     instrument: _CancelAtStep | None = None
+    done = trio.Event()
 
     async def run() -> None:
         nonlocal instrument
-        with trio.CancelScope() as scope:
-            instrument = _CancelAtStep(trio.lowlevel.current_task(), scope, step)
-            trio.lowlevel.add_instrument(instrument)
-            try:
-                await scenario()
-            finally:
-                trio.lowlevel.remove_instrument(instrument)
+        task = trio.lowlevel.current_task()
+        try:
+            with trio.CancelScope() as scope:
+                instrument = _CancelAtStep(task if own else None, scope, step)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    await scenario()
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+        finally:
+            done.set()
+
+    async def watch(task: trio.lowlevel.Task) -> None:
+        with trio.move_on_after(patience):
+            await done.wait()
+            return
+        stack = "".join(traceback.StackSummary.extract(task.iter_await_frames()).format())
+        # It can't be abandoned, and may never end: this is what can be seen of it then.
+        _log.error("cancelled at step %d, the scenario has not ended for %s s:\n%s", step, patience, stack)
+        raise SweepError(f"it hung for {patience} s at\n{stack}")
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run, name="cancel_sweep scenario")
+        (task,) = nursery.child_tasks
+        nursery.start_soon(watch, task, name="cancel_sweep patience")
     assert instrument is not None
     return instrument.fired
 
@@ -99,11 +130,14 @@ class WireCut:
         side: whose sending is cut: "client" or "server".
         after: after so many bytes.
         how: "eof" (both directions end, as when a process exits) or "reset" (as a TCP RST).
+        when: "sent": as soon as the last of these bytes was sent; "next": when one more is to follow, which makes a difference
+            only between two messages.
     """
 
     side: Side
     after: int
-    how: Literal["eof", "reset"]
+    how: How
+    when: Literal["sent", "next"] = "sent"
 
 
 async def wire_sweep(
@@ -117,10 +151,11 @@ async def wire_sweep(
     """Run a scenario over ``memory://`` once for every byte that it sends, with the first connection cut after that byte.
 
     Both directions are cut, by an end of the stream and by a reset.  Meant for the autojump clock, with which a hang costs no time.
+    After each run, and its check, there must be no task, descriptor or open connection that was not there before.
 
     Args:
         scenario: is given the network; everything that it starts it must end.
-        check: runs after each, with the wires whole again, e.g. to see that the server still serves.
+        check: runs after each, in the same network with the wires whole again.
         allowed: what the scenario may raise when its wire is cut.
         patience: seconds of (virtual) time after which a run is a hang.
         every: cut only after each so many bytes, for scenarios that send many.
@@ -129,19 +164,29 @@ async def wire_sweep(
         How many cuts were made.
 
     Raises:
-        SweepError: a hang, another exception, or a failed check; the message names the cut.
+        SweepError: a hang, another exception, a failed check, or something left behind; the message names the cut.
     """
     cuts = 0
-    for side in ("client", "server"):
-        for how in ("eof", "reset"):
-            after = 0
-            while True:
-                cut = WireCut(side, after, how)  # type: ignore[arg-type]  # the loops go over the literals
-                if not await _cut_at(cut, scenario, check, allowed, patience):
-                    break
-                cuts += 1
-                after += every
+    for cut in _starts():
+        while True:
+            fault = await _cut_at(cut, scenario, check, allowed, patience)
+            if fault is None or not fault.was_cut:
+                break
+            cuts += 1
+            if fault.cut_between:
+                later = WireCut(cut.side, cut.after, cut.how, "next")
+                fault = await _cut_at(later, scenario, check, allowed, patience)
+                cuts += fault is not None and fault.was_cut
+            cut = WireCut(cut.side, cut.after + every, cut.how)
     return cuts
+
+
+def _starts() -> Iterator[WireCut]:
+    sides: tuple[Side, ...] = ("client", "server")
+    ways: tuple[How, ...] = ("eof", "reset")
+    for side in sides:
+        for how in ways:
+            yield WireCut(side, 0, how)
 
 
 async def _cut_at(
@@ -150,31 +195,71 @@ async def _cut_at(
     check: Callable[[MemoryNetwork], Awaitable[object]] | None,
     allowed: type[BaseException] | tuple[type[BaseException], ...],
     patience: float,
-) -> bool:
+) -> FaultStream | None:
     fault: FaultStream | None = None
 
     def wrap(stream: trio.abc.Stream, side: Side) -> trio.abc.Stream:
         nonlocal fault
         if side == cut.side and fault is None:
-            fault = FaultStream(stream, cut_after=cut.after, cut=cut.how)
+            fault = FaultStream(stream, cut_after=cut.after, cut=cut.how, cut_when=cut.when)
             return fault
         return stream
 
     try:
         with memory_network() as network:
+            before = Inventory()
             network.wrap = wrap
-            with trio.move_on_after(patience) as scope:
+            with _no_hang("it", patience):
                 try:
                     await scenario(network)
                 except allowed:
                     pass
-            if scope.cancelled_caught:
-                raise SweepError(f"it hung for {patience} s")
             network.wrap = None
             if check is not None:
-                await check(network)
-    except trio.Cancelled:
-        raise
+                with _no_hang("the check", patience):
+                    await check(network)
+            await _nothing_left(before)
     except BaseException as error:
-        raise SweepError(f"{cut}: {error!r}") from error
-    return fault is not None and fault.was_cut
+        _raise_if_not_ours(error)
+        raise SweepError(f"{cut}: {_said(error)}") from error
+    return fault
+
+
+class _no_hang:  # noqa: N801  # reads as a phrase
+    """A block that must end within a time."""
+
+    def __init__(self, what: str, patience: float) -> None:
+        self._what = what
+        self._patience = patience
+        self._scope = trio.CancelScope()
+
+    def __enter__(self) -> None:
+        self._scope = trio.move_on_after(self._patience)
+        self._scope.__enter__()
+
+    def __exit__(self, *error: object) -> bool:
+        swallowed = self._scope.__exit__(*error)  # type: ignore[arg-type]  # the three that Python gives
+        if self._scope.cancelled_caught:
+            raise SweepError(f"{self._what} hung for {self._patience} s")
+        return swallowed
+
+
+async def _nothing_left(before: Inventory) -> None:
+    await before.settle()
+    left = before.added()
+    if left:
+        raise LeakError("\n".join(left))
+
+
+def _raise_if_not_ours(error: BaseException) -> None:
+    """Re-raise what is no finding: somebody cancels the sweep, or ends the program."""
+    if trio.current_effective_deadline() == -math.inf or any(isinstance(leaf, (KeyboardInterrupt, SystemExit)) for leaf in leaves(error)):
+        raise error
+
+
+def _said(error: BaseException) -> str:
+    """The error for a message: a group with a single leaf as that leaf, and what is for reading without its type."""
+    found = list(leaves(error))
+    if len(found) == 1:
+        error = found[0]
+    return str(error) if isinstance(error, (SweepError, LeakError)) else repr(error)
