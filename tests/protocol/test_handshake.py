@@ -109,9 +109,9 @@ def test_a_later_version_contains_this_one() -> None:
 
 
 def test_a_feature_is_there_only_if_both_have_it() -> None:
-    extension = negotiate(LOCAL, with_extension(features=["streams", "pings"])).extension
+    extension = negotiate(LOCAL, with_extension(features=["streams", "types"])).extension
     assert extension is not None
-    assert extension.features == {"streams", "pings"}
+    assert extension.features == {"streams", "types"}
 
 
 def test_a_large_window_is_clamped() -> None:

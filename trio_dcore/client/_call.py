@@ -13,7 +13,6 @@ from ..abc import Comm, family_names
 from ..comm import BaseComm
 from ..errors import (
     CommClosedError,
-    ConnectError,
     LocalProtocolError,
     RemoteProtocolError,
     RPCClosed,
@@ -50,12 +49,7 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
         comm = None if said_goodbye else pool.reuse(address, op)
         fresh = False
         if comm is None:
-            try:
-                comm, fresh = await pool.acquire(address, op, anew=said_goodbye)
-            except ConnectError as error:
-                if said_goodbye:
-                    raise ServerClosing(f"{address} is shutting down and did not start {op!r}") from error
-                raise
+            comm, fresh = await pool.acquire(address, op, anew=said_goodbye)
         try:
             if comm.extension is None:
                 await comm.put({"op": op, **kwargs, "reply": True}, serializers)
@@ -64,7 +58,7 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
                 comm.last_id += 1
                 header: dict[str, Any] = {"id": comm.last_id}
                 deadline = trio.current_effective_deadline()
-                if deadline != math.inf:
+                if deadline != math.inf and "deadlines" in comm.extension.features:
                     header["deadline"] = deadline - trio.current_time()
                 await comm.put({"op": op, **kwargs, "reply": True, KEY: header}, serializers)
                 found = await comm.next_head()

@@ -17,7 +17,7 @@ import trio
 from .._security import Security
 from ..abc import CommSettings
 from ..comm import BaseComm, check_encryption, coerce_to_address, connect_with, get_transport, parse_address
-from ..errors import CommClosedError, ConnectError, LimitExceeded, RemoteProtocolError, RPCClosed
+from ..errors import CommClosedError, ConnectError, LimitExceeded, RemoteProtocolError, RPCClosed, ServerClosing
 from ..protocol._limits import Limits
 from ._pool_policy import PoolPolicy, Slot, Waiter
 from ._rpc_call import PooledRPC
@@ -70,6 +70,7 @@ class ConnectionPool:
         self._idle_limit = self.settings.limits.idle
         self._closed = False
         self._removed: dict[Slot, str] = {}  # connecting slots whose address was removed meanwhile, and why
+        self._dismissed: set[str] = set()  # addresses whose server's goodbye was found by reuse(), for acquire() right after it
 
     # -- use ---------------------------------------------------------------------------------------------------------------------
 
@@ -169,12 +170,16 @@ class ConnectionPool:
         policy = self._policy
         if self._idle_limit is not None:
             self._abort_idle(policy.expired(trio.current_time() - self._idle_limit))
+        dismissed = False
         while (comm := policy.reuse(address, op)) is not None:
             # Readable means ended, or a message that nobody asked for: either way not fit for the next call.
             if not comm.stale():
                 return comm
+            dismissed = comm.take_goodbye() or dismissed
             policy.discard(comm)
             comm.abort()
+        if dismissed:
+            self._dismissed.add(address)
         return None
 
     async def acquire(self, address: str, op: str, *, anew: bool = False) -> tuple[BaseComm, bool]:
@@ -183,12 +188,14 @@ class ConnectionPool:
         Args:
             address: of the server.
             op: what is called, for messages.
-            anew: don't use an idle one, and make one attempt to connect, at once: the server has just said goodbye.
+            anew: don't use an idle one, and make one attempt to connect, at once: the server has just said goodbye.  So it is
+                also if its goodbye is found on an idle one.
 
         Cancellation: nothing is lost; a slot or comm that had been assigned goes to the next call.
 
         Raises:
             ConnectError, AddressError: no comm could be made.
+            ServerClosing: nor could it at once, after a goodbye.
             CommClosedError: the address was removed meanwhile.
             RPCClosed: the pool is closed, or was meanwhile.
             LimitExceeded: no slot became free within ``Limits.pool_wait``.
@@ -196,6 +203,9 @@ class ConnectionPool:
         comm = None if anew else self.reuse(address, op)
         if comm is not None:
             return comm, False
+        if address in self._dismissed:
+            self._dismissed.discard(address)
+            anew = True
         policy = self._policy
         slot, evicted = policy.reserve(address, op)
         if evicted is not None:
@@ -206,6 +216,7 @@ class ConnectionPool:
             if comm is not None:
                 if not comm.stale():
                     return comm, False
+                anew = comm.take_goodbye() or anew
                 comm.abort()
                 slot = policy.replace(comm)  # None if the address was removed meanwhile, and the slot is somebody else's
         return await self._connect(slot, once=anew), True
@@ -221,6 +232,10 @@ class ConnectionPool:
                     self._policy.connected(slot, comm)
                     return comm
                 comm.abort()  # the connection was made in the very moment in which we were told that nobody wants it any more
+        except ConnectError as error:
+            if once:
+                raise ServerClosing(f"{slot.address} is shutting down and did not start {slot.op!r}") from error
+            raise
         finally:
             self._policy.cancel_connecting(slot)  # does nothing if it became a comm
             reason = self._removed.pop(slot, None)

@@ -58,7 +58,7 @@ class RemoteStream:
         while True:
             comm, fresh = await pool.acquire(self._address, self._op)
             try:
-                source: _Enveloped | _Plain = _Plain(comm) if comm.extension is None else _Enveloped(comm)
+                source: _Enveloped | _Plain = _Enveloped(comm) if _can_stream(comm) else _Plain(comm)
                 await comm.put(source.request(self._op, self._kwargs))
             except (SerializationError, UnsafePayload):
                 pool.release(comm)  # nothing was sent
@@ -158,6 +158,10 @@ class RemoteStream:
 
     def __repr__(self) -> str:
         return f"<stream of {self._op!r} at {self._address}>"
+
+
+def _can_stream(comm: BaseComm) -> bool:
+    return comm.extension is not None and "streams" in comm.extension.features
 
 
 class _Enveloped:

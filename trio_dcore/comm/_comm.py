@@ -28,6 +28,7 @@ from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from ..abc import Comm, CommSettings, Peer
 from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
+from ..protocol._envelope import GOODBYE, parse_envelope
 from ..protocol._frames import JOIN_BELOW, FrameParser, join_small, pack_prelude, single_frame
 from ..protocol._handshake import Extension, local_handshake, negotiate
 from ..protocol._limits import KiB
@@ -148,6 +149,10 @@ class BaseComm(Comm):
     @abstractmethod
     def reading(self) -> bool:
         """Whether a task is reading the comm, so that it will find the end by itself."""
+
+    @abstractmethod
+    def take_goodbye(self) -> bool:
+        """Whether what a stale comm has to read is the server's goodbye.  It is read for that: the comm is to be closed then."""
 
     @abstractmethod
     def socket_fileno(self) -> int | None:
@@ -275,8 +280,10 @@ class FramedComm(BaseComm):
         except RemoteProtocolError:
             self._doom("bad handshake")
             raise
-        self.extension = negotiated.extension
-        extensions = negotiated.extension is not None
+        extension = negotiated.extension
+        features: frozenset[str] = frozenset() if extension is None else extension.features
+        self.extension = extension if "calls" in features else None
+        extensions = "types" in features
         self._encoder = Encoder(
             EncodeContext(
                 allow_pickle=self.allows_pickle,
@@ -291,7 +298,7 @@ class FramedComm(BaseComm):
             )
         )
         self._decoder = Decoder(self._decode_context(), extensions=extensions)
-        if not extensions and limits.tcp_user_timeout is not None:
+        if extension is None and limits.tcp_user_timeout is not None:
             # It would kill a live peer that merely isn't reading, so between trio_dcore peers a ping finds the dead ones.
             self._pump.set_user_timeout(limits.tcp_user_timeout)
 
@@ -301,7 +308,7 @@ class FramedComm(BaseComm):
         decoder = self._decoder
         if deserializers is not None:
             context = replace(self._decode_context(), deserializers=tuple(deserializers))
-            decoder = Decoder(context, extensions=self.extension is not None)
+            decoder = Decoder(context, extensions=self._encoder.ctx.extensions)
         return decoder.resolve(frames)
 
     async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
@@ -586,6 +593,20 @@ class FramedComm(BaseComm):
 
     def stale(self) -> bool:
         return bool(self._closed) or self._ended or self._parser.mid_message or self._pump.readable()
+
+    def take_goodbye(self) -> bool:
+        if self._closed or self.extension is None:
+            return False
+        try:
+            while True:
+                frames = self._parser.next_message()
+                if frames is not None:
+                    if parse_envelope(self._decoder.head(frames[0]))[0] == GOODBYE:
+                        return True
+                elif not self._pump.fill_nowait(self._parser):
+                    return False
+        except (RemoteProtocolError, LimitExceeded):
+            return False
 
 
 _CLOSED_HERE = "this comm was closed here"

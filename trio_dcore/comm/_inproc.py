@@ -18,6 +18,7 @@ from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_
 from ..abc import CommSettings, Listener, Peer, Transport
 from ..errors import AddressError, CommClosedError, SerializationError
 from ..protocol._context import Buffer, DecodeContext
+from ..protocol._envelope import GOODBYE, parse_envelope
 from ..protocol._families import deserialize, unpickle_parts
 from ..protocol._handshake import FEATURES, Extension
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
@@ -264,6 +265,9 @@ class InprocComm(BaseComm):
     @property
     def reading(self) -> bool:
         return self._reading
+
+    def take_goodbye(self) -> bool:
+        return any(type(message) is tuple and parse_envelope(message)[0] == GOODBYE for message in self._inbox)
 
     def socket_fileno(self) -> int | None:
         return None

@@ -79,6 +79,10 @@ class Pump(ABC):
         """Whether bytes or the end of the stream could be read now, as far as that can be told without waiting."""
 
     @abstractmethod
+    def fill_nowait(self, parser: FrameParser) -> bool:
+        """Give the parser what can be read without waiting; False if that is nothing, or the end."""
+
+    @abstractmethod
     def fileno(self) -> int | None:
         """The socket's descriptor, or None if there is none."""
 
@@ -165,6 +169,19 @@ class SocketPump(Pump):
                 since_wait = 0
                 await cancel_shielded_checkpoint()
 
+    def fill_nowait(self, parser: FrameParser) -> bool:
+        target = parser.want()
+        try:
+            if target is None:
+                data = self._recv(_LARGE_READ)
+                parser.feed(data)
+                return bool(data)
+            received = self.socket.recv_into(target, min(len(target), _MOST_AT_ONCE))
+        except OSError:
+            return False  # a reset, or nothing there
+        parser.filled(received)
+        return received > 0
+
     def fileno(self) -> int | None:
         return self.socket.fileno()
 
@@ -208,24 +225,31 @@ class SocketPump(Pump):
 class StreamPump(Pump):
     """A pump on any trio stream."""
 
-    __slots__ = ("_closed", "_send_nowait", "stream")
+    __slots__ = ("_ahead", "_closed", "_receive_nowait", "_send_nowait", "stream")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         super().__init__()
         self.stream = stream
+        # trio's interface has no such things; streams of the testing kit do.
         self._send_nowait: Callable[[bytes], int] | None = getattr(stream, "send_nowait", None)
+        self._receive_nowait: Callable[[], bytes | None] | None = getattr(stream, "receive_nowait", None)
+        self._ahead: bytes | None = None  # what was received to see whether there is anything
         self._closed = False
 
     async def fill(self, parser: FrameParser) -> bool:
         self.unwaited = 0
-        data = await self.stream.receive_some(_LARGE_READ)
+        data: bytes | bytearray
+        if self._ahead is not None:
+            await cancel_shielded_checkpoint()
+            data, self._ahead = self._ahead, None
+        else:
+            data = await self.stream.receive_some(_LARGE_READ)
         if type(data) is not bytes:
             data = bytes(data)
         parser.feed(data)
         return bool(data)
 
     def try_send(self, data: bytes) -> int:
-        # trio's interface has no such thing; streams of the testing kit do.
         if self._send_nowait is None:
             return 0
         try:
@@ -256,7 +280,19 @@ class StreamPump(Pump):
         return stream.socket if isinstance(stream, trio.SocketStream) else None
 
     def readable(self) -> bool:
-        return False
+        if self._ahead is None and self._receive_nowait is not None:
+            try:
+                self._ahead = self._receive_nowait()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return True
+        return self._ahead is not None
+
+    def fill_nowait(self, parser: FrameParser) -> bool:
+        if not self.readable() or not self._ahead:
+            return False
+        parser.feed(self._ahead)
+        self._ahead = None
+        return True
 
     def abort(self) -> None:
         if self._closed:

@@ -46,6 +46,7 @@ GOODBYE = 9
 
 _MAX_ID = 2**63 - 1
 _MAX_CREDIT = 2**40
+_MAX_DEADLINE = 1e9  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ def parse_request_header(value: object) -> RequestHeader:
     if deadline is not None:
         if type(deadline) not in (int, float) or deadline != deadline:
             raise RemoteProtocolError(f"the request's deadline is {_shown(deadline)}, not a number of seconds")
-        deadline = None if deadline == float("inf") else float(deadline)
+        # Ages, and integers that no float can hold, are for ever.
+        deadline = None if deadline > _MAX_DEADLINE else float(max(deadline, -1.0))
     stream = value.get("stream", False)
     if type(stream) is not bool:
         raise RemoteProtocolError(f"the request's stream flag is {_shown(stream)}, not a bool")
@@ -114,8 +116,10 @@ def parse_envelope(message: object) -> tuple[int, int, object]:
 
 def _shown(value: object) -> str:
     """A peer's value for an error message: its type, and what it is if that is short."""
+    if type(value) is int and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"  # repr() of a huge one raises
     if value is None or type(value) in (int, float, bool):
-        return repr(value)[:60]
+        return repr(value)
     if isinstance(value, (str, bytes)):
         return repr(value[:40])
     return f"a {type(value).__name__}"

@@ -21,7 +21,7 @@ __all__ = ["FEATURES", "VERSION", "Extension", "Negotiated", "local_handshake", 
 VERSION = 1
 
 #: What this side can do beyond the plain Dask protocol.  A feature is used only where both sides name it.
-FEATURES = ("calls", "streams", "deadlines", "pings", "types", "errors")
+FEATURES = ("calls", "streams", "deadlines", "types", "errors")
 
 # Dask has said 5 ever since Python 3.8, 4 from scheduler to worker; CPython's is 5.  Far above either is not a protocol number.
 _PICKLE_PROTOCOL = 5

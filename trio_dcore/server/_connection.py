@@ -381,7 +381,8 @@ class Connection:
         limit = comm.settings.limits.error_text
         if header is not None:
             return (ERROR, header.id, error_value(error, trusted=trusted, limit=limit, started=started))
-        return error_reply(error, trusted=trusted, extension=comm.extension is not None, limit=limit, started=started)
+        ours = comm.extension is not None and "errors" in comm.extension.features
+        return error_reply(error, trusted=trusted, extension=ours, limit=limit, started=started)
 
     def _last_words(self, header: RequestHeader | None) -> None:
         """Tell a caller, without waiting, that its handler was cancelled."""

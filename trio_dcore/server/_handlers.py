@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import trio
 
-__all__ = ["HandlerEntry", "closest", "in_thread", "run_to_end", "wrong_arguments"]
+__all__ = ["HandlerEntry", "closest", "in_thread", "is_code", "run_to_end", "wrong_arguments"]
 
 Handler = Callable[..., Any]
 _F = TypeVar("_F", bound=Handler)
@@ -50,10 +50,8 @@ def _unmarked(function: Handler) -> tuple[Handler, list[_Marks]]:
         mark: _Marks | None = getattr(function, _MARKS, None)
         if mark is not None:
             marks.append(mark)
-            if inspect.ismethod(function):
-                function = types.MethodType(mark.function, function.__self__)  # the mark is on the function, not on the bound method
-            else:
-                function = mark.function
+            # Of a bound method the mark is on the function that it binds.
+            function = types.MethodType(mark.function, function.__self__) if inspect.ismethod(function) else mark.function
             continue
         if isinstance(function, functools.partial):
             inner, more = _unmarked(function.func)
@@ -76,7 +74,7 @@ def in_thread(function: _F, *, limiter: trio.CapacityLimiter | None = None) -> _
         TypeError: the function is async, so it would only make its coroutine in the thread.
     """
     plain, _ = _unmarked(function)
-    if _is_code(plain, inspect.iscoroutinefunction) or _is_code(plain, inspect.isasyncgenfunction):
+    if is_code(plain, inspect.iscoroutinefunction) or is_code(plain, inspect.isasyncgenfunction):
         raise TypeError(f"in_thread() is for blocking functions, and {plain!r} is async")
     return _mark(_Marks(function, in_thread=True, limiter=limiter))  # type: ignore[return-value]  # same call signature
 
@@ -111,7 +109,7 @@ class HandlerEntry:
         """Classify a handler."""
         called, marks = _unmarked(function)
         names = _parameter_names(called)
-        generator = _is_code(called, inspect.isasyncgenfunction)
+        generator = is_code(called, inspect.isasyncgenfunction)
         takes_comm = bool(names) and names[0] == "comm"
         return cls(
             handler=function,
@@ -126,12 +124,12 @@ class HandlerEntry:
         )
 
 
-def _is_code(function: Handler, what: Callable[[object], bool]) -> bool:
+def is_code(function: Handler, what: Callable[[object], bool]) -> bool:
     """Whether calling it runs code of that kind: its own, that under a partial, or that of its class's ``__call__``."""
     while isinstance(function, functools.partial):
         function = function.func
     # Of its class, not its own: calling a class makes an instance, and doesn't run the instance's __call__.
-    return what(function) or what(getattr(type(function), "__call__", None))
+    return what(function) or what(getattr(type(function), "__call__", None))  # noqa: B004  # not a test for being callable
 
 
 def _parameter_names(function: Handler) -> list[str]:

@@ -21,12 +21,13 @@ synchronous and stands in one ``finally``.
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import math
 import sys
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,7 +40,7 @@ from ..comm import BaseComm, HangupWatcher, InprocComm, check_encryption, get_tr
 from ..errors import LocalProtocolError
 from ..protocol._limits import Limits
 from ._connection import Connection
-from ._handlers import Handler, HandlerEntry, run_to_end
+from ._handlers import Handler, HandlerEntry, is_code, run_to_end
 from ._request import request_variable
 from ._statistics import Counters, ServerStatistics
 from ._status import Life, Status
@@ -81,9 +82,15 @@ class BaseServer:
             _check_seconds(parameter, seconds)
         if connection_limit < 1:
             raise ValueError(f"connection_limit={connection_limit!r}: must be at least 1")
-        for op, handler in (handlers or {}).items():
+        for op, handler in [*(handlers or {}).items(), *(stream_handlers or {}).items()]:
+            if not isinstance(op, str):
+                raise TypeError(f"the op {op!r} is not a str")
             if not callable(handler):
                 raise TypeError(f"the handler for {op!r} is {handler!r}, which can't be called")
+        if isinstance(blocked_handlers, str):
+            raise TypeError(f"blocked_handlers={blocked_handlers!r}: give a collection of ops, such as [{blocked_handlers!r}]")
+        if authorize is not None and is_code(authorize, inspect.iscoroutinefunction):
+            raise TypeError("authorize must be a plain function that returns a bool, not an async one")
         self.handlers: dict[str, Handler] = {"identity": self.identity, "echo": self.echo, **(handlers or {})}
         self.stream_handlers: dict[str, Handler] = dict(stream_handlers or {})
         if self.stream_handlers:
@@ -109,6 +116,7 @@ class BaseServer:
         self._outer: trio.abc.AsyncResource | Any = None
         self._accepting: trio.Nursery | None = None
         self._connection_tasks: trio.Nursery | None = None
+        self._admitting = False  # connections, to their nursery
         self._scope = trio.CancelScope()  # round all connections
         self._reporting = trio.CancelScope(shield=True)
         self._listeners: list[Listener] = []
@@ -326,10 +334,14 @@ class BaseServer:
         try:
             with self._scope:
                 async with trio.open_nursery() as self._connection_tasks:
+                    self._admitting = True
                     task_status.started()
-                    await self.shutdown_requested.wait()
+                    try:
+                        await self.shutdown_requested.wait()
+                    finally:
+                        self._admitting = False  # also for who is accepted in this very moment, when we have just been cancelled
         finally:
-            self._connection_tasks = None  # who is accepted in this very moment finds it closed
+            self._connection_tasks = None
             self._reporting.cancel(reason="all connections have ended")
         guard.cancel_scope.cancel(reason="all connections have ended")
 
@@ -393,9 +405,10 @@ class BaseServer:
                 await trio.sleep(_EXHAUSTED_PAUSE)
                 continue
             assert isinstance(comm, BaseComm)
-            if self.draining or self._connection_tasks is None:
+            if self.draining or not self._admitting:
                 comm.abort()
                 return
+            assert self._connection_tasks is not None
             connection = Connection(self, comm)
             self._connections.add(connection)
             self._connection_tasks.start_soon(self._serve_connection, connection, name=f"connection from {comm.peer_address}")
@@ -463,7 +476,7 @@ class BaseServer:
         """
         self.stop(grace)
         request = request_variable.get(None)
-        if request is not None and request.server is self:
+        if request is not None and request.server is self and request.running:
             await trio.lowlevel.checkpoint()
             return
         try:

@@ -131,10 +131,10 @@ class FaultStream(trio.abc.Stream):
     # -- faults at any time ------------------------------------------------------------------------------------------------------
 
     def black_hole(self, seconds: float = math.inf) -> None:
-        """From now on, and for good, nothing passes in either direction, not even that one end closes; cut after so many seconds.
+        """From now on nothing passes in either direction, for good, not even that one end closes; cut after so many seconds.
 
-        What is sent is lost; after 64 KiB of it senders wait.  What was sent before may still arrive.  A stream that is closed in a
-        black hole leaves the one underneath open until :meth:`cut`, so that the other end waits in vain.  Not a checkpoint.
+        What is sent is lost; after 64 KiB of it senders wait.  What was sent before may still arrive.  A stream that is closed in
+        a black hole leaves the one underneath open until :meth:`cut`, so that the other end waits in vain.  Not a checkpoint.
         """
         self._black = True
         self._tell()
@@ -201,7 +201,7 @@ class FaultStream(trio.abc.Stream):
         if self._black:
             return self._swallow(len(data))
         send: Callable[[bytes], int] | None = getattr(self.stream, "send_nowait", None)
-        if send is None or self._on_send and (self.latency or self.bandwidth != math.inf or self.slicer is not None):
+        if send is None or (self._on_send and (self.latency or self.bandwidth != math.inf or self.slicer is not None)):
             return 0
         size = self._piece(len(data))
         if size == 0:
@@ -269,7 +269,7 @@ class FaultStream(trio.abc.Stream):
             while True:
                 if self._closed:
                     raise trio.ClosedResourceError("this stream was closed")
-                if self._down or self.was_cut and self._how == "reset":
+                if self._down or (self.was_cut and self._how == "reset"):
                     raise trio.BrokenResourceError("the connection is down" if self._down else "the connection was reset")
                 if self._black and not self.was_cut:
                     await self._changed.wait()

@@ -31,7 +31,7 @@ class LeakError(AssertionError):
     """Something was left behind; the message lists it."""
 
 
-class no_leaks:  # noqa: N801  # reads as a phrase
+class no_leaks:  # reads as a phrase
     """Check that the block leaves nothing behind: ``async with no_leaks():`` in a trio program, ``with no_leaks():`` round one.
 
     Compared before and after: trio tasks, descriptors by what they refer to (files, sockets, and so ports), connections of a
@@ -78,7 +78,8 @@ class no_leaks:  # noqa: N801  # reads as a phrase
         problems = self._before.added()
         self._catcher.__exit__(None, None, None)
         sys.unraisablehook = self._old_hook
-        unseen = [f"ResourceWarning: {w.message}" for w in self._warnings if issubclass(w.category, ResourceWarning)] + self._unseen
+        unseen = [f"ResourceWarning: {w.message}" for w in self._warnings if issubclass(w.category, ResourceWarning)]
+        unseen += self._unseen
         if error is None and problems + unseen:
             raise LeakError("\n".join(problems + unseen))
         if error is not None and unseen:

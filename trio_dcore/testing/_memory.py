@@ -130,6 +130,23 @@ class MemoryStream(trio.abc.HalfCloseableStream):
         finally:
             self._receiving = False
 
+    def receive_nowait(self) -> bytes | None:
+        """Receive what there is, b"" at the end; None if that would wait, or while a task is in :meth:`receive_some`.
+
+        Not a checkpoint.  Raises as :meth:`receive_some` does.
+        """
+        pipe = self._incoming
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed")
+        if pipe.reset:
+            raise trio.BrokenResourceError("the connection was reset")
+        if self._receiving or not (pipe.data or pipe.ended):
+            return None
+        taken = bytes(pipe.data)
+        pipe.data.clear()
+        pipe.wake()
+        return taken
+
     async def send_eof(self) -> None:
         """End our direction; the other goes on."""
         if self._sending:

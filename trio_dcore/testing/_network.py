@@ -196,8 +196,8 @@ register_transport(_MemoryTransport(), replace=True)
 def memory_network(trusted: bool = True, *, capacity: int = 64 * 1024) -> Iterator[MemoryNetwork]:
     """Make ``memory://`` addresses work in this trio run.
 
-    Everything but the sockets is real: framing, handshake, pool, server.  With pytest-trio's ``autojump_clock`` time is virtual, so
-    timeouts can be asserted to the instant::
+    Everything but the sockets is real: framing, handshake, pool, server.  With pytest-trio's ``autojump_clock`` time is virtual,
+    so timeouts can be asserted to the instant::
 
         with memory_network():
             async with Server({"add": add}) as server:

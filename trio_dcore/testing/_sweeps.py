@@ -52,16 +52,16 @@ async def cancel_sweep(
 ) -> int:
     """Run a scenario once for every step that it has, cancelled at that step.
 
-    The first run is cancelled before the first step that a task makes after the scenario has begun, the next before the second, and
-    so on until a run ends by itself.  After each run, and its check, there must be no task and no descriptor that was not there
-    before.
+    The first run is cancelled before the first step that a task makes after the scenario has begun, the next before the second,
+    and so on until a run ends by itself.  After each run, and its check, there must be no task and no descriptor that was not
+    there before.
 
     Args:
         scenario: runs in a task of its own, under a scope that is cancelled.  It may be cancelled anywhere; anything else that it
             raises is a finding.
         check: runs after each, not cancelled: say here what must hold, e.g. that the next call works.
-        steps: "all" counts the steps of every task, so that the scenario is also cancelled at each moment of what others, such as a
-            server, do for it while it waits; "own" counts only those of the scenario's task.
+        steps: "all" counts the steps of every task, so that the scenario is also cancelled at each moment of what others, such
+            as a server, do for it while it waits; "own" counts only those of the scenario's task.
         patience: seconds after which a run is a hang.
         limit: give up after so many steps: the scenario never ends.
 
@@ -150,8 +150,8 @@ async def wire_sweep(
 ) -> int:
     """Run a scenario over ``memory://`` once for every byte that it sends, with the first connection cut after that byte.
 
-    Both directions are cut, by an end of the stream and by a reset.  Meant for the autojump clock, with which a hang costs no time.
-    After each run, and its check, there must be no task, descriptor or open connection that was not there before.
+    Both directions are cut, by an end of the stream and by a reset.  Meant for the autojump clock, with which a hang costs no
+    time.  After each run, and its check, there must be no task, descriptor or open connection that was not there before.
 
     Args:
         scenario: is given the network; everything that it starts it must end.
@@ -225,7 +225,7 @@ async def _cut_at(
     return fault
 
 
-class _no_hang:  # noqa: N801  # reads as a phrase
+class _no_hang:  # reads as a phrase
     """A block that must end within a time."""
 
     def __init__(self, what: str, patience: float) -> None:
@@ -253,7 +253,8 @@ async def _nothing_left(before: Inventory) -> None:
 
 def _raise_if_not_ours(error: BaseException) -> None:
     """Re-raise what is no finding: somebody cancels the sweep, or ends the program."""
-    if trio.current_effective_deadline() == -math.inf or any(isinstance(leaf, (KeyboardInterrupt, SystemExit)) for leaf in leaves(error)):
+    exits = any(isinstance(leaf, (KeyboardInterrupt, SystemExit)) for leaf in leaves(error))
+    if exits or trio.current_effective_deadline() == -math.inf:
         raise error
 
 
