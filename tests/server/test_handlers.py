@@ -143,6 +143,33 @@ async def test_every_kind_of_handler_answers(kind: str, where: str, serving: Any
         assert server.statistics().requests == {"sum": 1}
 
 
+async def test_a_wrapper_round_a_marked_handler_is_not_passed_by(serving: Any) -> None:
+    calls: list[tuple[str, bool]] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(("plain", threading.current_thread() is threading.main_thread()))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def noted_async(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(("async", threading.current_thread() is threading.main_thread()))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    both = noted(run_to_end(in_thread(add)))
+    assert HandlerEntry.of(both).run_to_end
+    async with serving({"plain": noted(in_thread(add)), "async": noted_async(in_thread(add)), "both": both}) as (_server, remote):
+        for op in ("plain", "async", "both"):
+            assert await remote[op](x=1, y=2) == 3
+    assert calls == [("plain", False), ("async", True), ("plain", False)]
+
+
 async def test_a_handler_written_in_c_is_called_and_its_errors_are_its_own(where: str, serving: Any) -> None:
     async with serving({"int": int, "len": len}, where) as (_server, remote):
         with pytest.raises(TypeError, match=r"wrong arguments: .*len\(obj, /\)"):

@@ -71,16 +71,16 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
             # Ours: nothing was sent.  Or of the answer: it was read whole.  Either way the comm is as before.
             _give_back(pool, comm, close)
             raise
-        except _NeverStarted:
-            pool.discard(comm)
-            if said_goodbye:
-                raise ServerClosing(f"{address} is shutting down and did not start {op!r}") from None
-            said_goodbye = True
-            continue
-        except (CommClosedError, trio.ClosedResourceError) as error:
+        except (_NeverStarted, CommClosedError, trio.ClosedResourceError) as error:
+            never_started = type(error) is _NeverStarted or comm.take_goodbye(comm.last_id)
             pool.discard(comm)
             if pool.closed:
                 raise RPCClosed(f"the pool was closed while {op!r} was in flight to {address}") from error
+            if never_started:
+                if said_goodbye:
+                    raise ServerClosing(f"{address} is shutting down and did not start {op!r}") from None
+                said_goodbye = True
+                continue
             if getattr(error, "nothing_sent", False) and not fresh:
                 continue  # it died while it was idle, and nothing of the request left
             raise closed_error(op, address, error) from error
@@ -183,17 +183,24 @@ async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, 
     serializers = family_names("serializers", kwargs.pop("serializers", None))
     close = kwargs.get("close", False)
     await checkpoint_if_cancelled()
+    said_goodbye = False
     while True:
-        comm, fresh = await pool.acquire(address, op)
+        comm, fresh = await pool.acquire(address, op, anew=said_goodbye)
         try:
             await comm.put({"op": op, **kwargs, "reply": False}, serializers)
         except (SerializationError, UnsafePayload):
             pool.release(comm)
             raise
         except (CommClosedError, trio.ClosedResourceError) as error:
+            dismissed = comm.take_goodbye(comm.last_id + 1)
             pool.discard(comm)
             if pool.closed:
                 raise RPCClosed(f"the pool was closed while {op!r} was sent to {address}") from error
+            if dismissed and said_goodbye:
+                raise ServerClosing(f"{address} is shutting down and did not start {op!r}") from None
+            said_goodbye = said_goodbye or dismissed
+            if dismissed:
+                continue
             if getattr(error, "nothing_sent", False) and not fresh:
                 continue
             raise closed_error(op, address, error) from error

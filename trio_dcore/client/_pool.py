@@ -175,7 +175,7 @@ class ConnectionPool:
             # Readable means ended, or a message that nobody asked for: either way not fit for the next call.
             if not comm.stale():
                 return comm
-            dismissed = comm.take_goodbye() or dismissed
+            dismissed = comm.take_goodbye(comm.last_id + 1) or dismissed
             policy.discard(comm)
             comm.abort()
         if dismissed:
@@ -216,7 +216,7 @@ class ConnectionPool:
             if comm is not None:
                 if not comm.stale():
                     return comm, False
-                anew = comm.take_goodbye() or anew
+                anew = comm.take_goodbye(comm.last_id + 1) or anew
                 comm.abort()
                 slot = policy.replace(comm)  # None if the address was removed meanwhile, and the slot is somebody else's
         return await self._connect(slot, once=anew), True

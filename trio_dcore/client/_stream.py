@@ -55,8 +55,9 @@ class RemoteStream:
             raise LocalProtocolError("a stream can be entered once; call .stream() again for another")
         await checkpoint_if_cancelled()
         pool = self._pool
+        said_goodbye = False
         while True:
-            comm, fresh = await pool.acquire(self._address, self._op)
+            comm, fresh = await pool.acquire(self._address, self._op, anew=said_goodbye)
             try:
                 source: _Enveloped | _Plain = _Enveloped(comm) if _can_stream(comm) else _Plain(comm)
                 await comm.put(source.request(self._op, self._kwargs))
@@ -64,8 +65,12 @@ class RemoteStream:
                 pool.release(comm)  # nothing was sent
                 raise
             except (CommClosedError, trio.ClosedResourceError) as error:
+                dismissed = comm.take_goodbye(comm.last_id)
                 pool.discard(comm)
-                if getattr(error, "nothing_sent", False) and not fresh:
+                if dismissed and said_goodbye:
+                    raise ServerClosing(f"{self._address} is shutting down and did not start {self._op!r}") from None
+                said_goodbye = said_goodbye or dismissed
+                if dismissed or (getattr(error, "nothing_sent", False) and not fresh):
                     continue
                 raise self._ended(error) from error
             except BaseException:

@@ -38,6 +38,8 @@ from ._watch import EndWatch
 
 __all__ = ["BaseComm", "FramedComm"]
 
+# Messages that are looked at in search of a goodbye: credits and pongs may stand in front of it.
+_MOST_BEHIND = 64
 # Bytes that may be owed: some credits and pongs.  A peer that makes us owe more isn't reading.
 _MOST_OWED = 16 * KiB
 
@@ -151,8 +153,11 @@ class BaseComm(Comm):
         """Whether a task is reading the comm, so that it will find the end by itself."""
 
     @abstractmethod
-    def take_goodbye(self) -> bool:
-        """Whether what a stale comm has to read is the server's goodbye.  It is read for that: the comm is to be closed then."""
+    def take_goodbye(self, before: int) -> bool:
+        """Whether what is left to read is the server's goodbye, and names no request from ``before`` on as taken up.
+
+        What is left is read for that, without waiting: the comm is of no further use.
+        """
 
     @abstractmethod
     def socket_fileno(self) -> int | None:
@@ -197,6 +202,7 @@ class FramedComm(BaseComm):
     """A comm that speaks Dask's framing over a pump."""
 
     __slots__ = (
+        "_broken",
         "_closed",
         "_decoder",
         "_encoder",
@@ -220,11 +226,12 @@ class FramedComm(BaseComm):
         self._encoder_telling: Encoder | None = None
         self._decoder = _HANDSHAKE_DECODER
         self._send_lock: trio.StrictFIFOLock | None = None
-        self._sending = False  # somebody has the send lock, or something is owed
+        self._sending = False  # somebody has the send lock, or something is owed, or nothing more can be sent
         self._owed: list[Buffer] = []  # what is to be sent before anything else
         self._reading = False
         self._watch: EndWatch | None = None
         self._closed = ""  # why, once it is
+        self._broken = ""  # why nothing can be written any more; what the peer wrote before can still be read
         self._ended = False  # the peer has ended its side cleanly
 
     @property
@@ -467,7 +474,7 @@ class FramedComm(BaseComm):
             lock.acquire_nowait()
         self._sending = True
         try:
-            if self._closed:
+            if self._closed or self._broken:
                 raise self._closed_error(nothing_sent=True)
             # A first part is only sent while nobody has the lock and nothing is owed, so nothing gets in front of its rest.
             owed, self._owed = self._owed, []
@@ -486,17 +493,17 @@ class FramedComm(BaseComm):
                 raise
         finally:
             lock.release()
-            self._sending = lock.locked()
+            self._sending = lock.locked() or bool(self._broken)
             if self._owed and not self._sending:
                 self._send_owed_later()
 
     def write_nowait(self, message: Any) -> bool:
-        if self._closed:
+        if self._closed or self._broken:
             raise self._closed_error(nothing_sent=True)
         return not self._sending and self._write_now(message, 0)
 
     def write_soon(self, message: Any) -> bool:
-        if self._closed:
+        if self._closed or self._broken:
             raise self._closed_error(nothing_sent=True)
         return self._write_now(message, _MOST_OWED)
 
@@ -530,14 +537,18 @@ class FramedComm(BaseComm):
         try:
             if self._owed:
                 await self._transmit_slowly([], 0)
-        except trio.ClosedResourceError:
+        except (CommClosedError, trio.ClosedResourceError):
             pass  # it isn't owed any more
         except Exception as error:
             # A system task that raises would take the whole run down; whoever uses the comm next is told.
             self._doom(f"writing to {self.peer_address} failed: {error}")
 
     def _write_failed(self, error: BaseException, *, nothing_sent: bool) -> Exception:
-        self._doom(f"writing to {self.peer_address} failed: {error}")
+        # The peer has gone, and maybe not without a last word: the answer, or the end of a stream, that it wrote before it closed.
+        # So the reading side stays, until that has been read or the comm is closed.
+        self._broken = self._broken or f"writing to {self.peer_address} failed: {error}"
+        self._sending = True
+        self._owed.clear()
         return self._closed_error(nothing_sent=nothing_sent)
 
     # -- closing ----------------------------------------------------------------------------------------------------------------
@@ -548,9 +559,10 @@ class FramedComm(BaseComm):
         self._pump.abort()
 
     def _closed_error(self, *, nothing_sent: bool = False) -> Exception:
-        if self._closed in ("", _CLOSED_HERE):
+        why = self._closed or self._broken
+        if why in ("", _CLOSED_HERE):
             return trio.ClosedResourceError(_CLOSED_HERE)
-        error = CommClosedError(self._closed)
+        error = CommClosedError(why)
         error.nothing_sent = nothing_sent
         return error
 
@@ -558,7 +570,7 @@ class FramedComm(BaseComm):
         self._doom(_CLOSED_HERE)
 
     async def aclose(self) -> None:
-        if self._sending and not self._closed:
+        if self._sending and not self._closed and not self._broken:
             # Messages are on their way, or wait for their turn: let them out, for a while.
             try:
                 with trio.move_on_after(self.settings.limits.linger):
@@ -589,24 +601,26 @@ class FramedComm(BaseComm):
             self._pump.abort()
 
     def closed(self) -> bool:
-        return bool(self._closed) or self._ended
+        return bool(self._closed) or self._ended or bool(self._broken)
 
     def stale(self) -> bool:
-        return bool(self._closed) or self._ended or self._parser.mid_message or self._pump.readable()
+        return self.closed() or self._parser.mid_message or self._pump.readable()
 
-    def take_goodbye(self) -> bool:
-        if self._closed or self.extension is None:
+    def take_goodbye(self, before: int) -> bool:
+        if self._closed or self.extension is None or self._reading:
             return False
         try:
-            while True:
+            for _ in range(_MOST_BEHIND):
                 frames = self._parser.next_message()
                 if frames is not None:
-                    if parse_envelope(self._decoder.head(frames[0]))[0] == GOODBYE:
-                        return True
+                    kind, identity, _ = parse_envelope(self._decoder.head(frames[0]))
+                    if kind == GOODBYE:
+                        return identity < before
                 elif not self._pump.fill_nowait(self._parser):
-                    return False
+                    break
         except (RemoteProtocolError, LimitExceeded):
-            return False
+            pass  # whatever it is, it is no goodbye
+        return False
 
 
 _CLOSED_HERE = "this comm was closed here"

@@ -18,7 +18,7 @@ from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_
 from ..abc import CommSettings, Listener, Peer, Transport
 from ..errors import AddressError, CommClosedError, SerializationError
 from ..protocol._context import Buffer, DecodeContext
-from ..protocol._envelope import GOODBYE, parse_envelope
+from ..protocol._envelope import GOODBYE
 from ..protocol._families import deserialize, unpickle_parts
 from ..protocol._handshake import FEATURES, Extension
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
@@ -179,7 +179,9 @@ class InprocComm(BaseComm):
         if self._closed:
             raise trio.ClosedResourceError("this comm was closed here")
         if self._peer_closed:
-            raise CommClosedError(f"{self.peer_address} closed the comm")
+            error = CommClosedError(f"{self.peer_address} closed the comm")
+            error.nothing_sent = True
+            raise error
 
     def _pass_on(self, message: Any) -> None:
         self._other._inbox.append(message)
@@ -266,8 +268,8 @@ class InprocComm(BaseComm):
     def reading(self) -> bool:
         return self._reading
 
-    def take_goodbye(self) -> bool:
-        return any(type(message) is tuple and parse_envelope(message)[0] == GOODBYE for message in self._inbox)
+    def take_goodbye(self, before: int) -> bool:
+        return any(type(message) is tuple and message[0] == GOODBYE and message[1] < before for message in self._inbox)
 
     def socket_fileno(self) -> int | None:
         return None

@@ -123,7 +123,7 @@ class Connection:
 
     def handler_waits(self) -> None:
         """A handler whose answer is awaited has to wait, and nothing else tells when the peer hangs up."""
-        if self._awaited:
+        if self._awaited and not self._watching:  # a generator waits for the first time in each of its steps
             nursery = self.server._connection_tasks
             assert nursery is not None
             self.comm.watch_end(nursery, self.hung_up)

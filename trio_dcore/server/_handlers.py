@@ -17,41 +17,48 @@ __all__ = ["HandlerEntry", "closest", "in_thread", "is_code", "run_to_end", "wro
 Handler = Callable[..., Any]
 _F = TypeVar("_F", bound=Handler)
 
-_MARKS = "__trio_dcore_marks__"
+_MARK = "__trio_dcore_mark__"
 # difflib compares every pair of characters: names longer than any sensible op get no suggestions.
 _LONGEST_GUESS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class _Marks:
-    """One mark: what is marked, and how."""
+@dataclass(slots=True)
+class _Mark:
+    """How a function is marked."""
 
     function: Handler
     in_thread: bool = False
     limiter: trio.CapacityLimiter | None = None
     run_to_end: bool = False
+    #: What carries the mark.
+    marked: Handler | None = None
 
 
-def _mark(marks: _Marks) -> Handler:
-    function = marks.function
+def _mark(mark: _Mark) -> Handler:
+    function = mark.function
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    setattr(marked, _MARKS, marks)
+    setattr(marked, _MARK, mark)
+    mark.marked = marked
     return marked
 
 
-def _unmarked(function: Handler) -> tuple[Handler, list[_Marks]]:
+def _unmarked(function: Handler) -> tuple[Handler, list[_Mark]]:
     """A handler without its marks, and the marks, the outermost first: they may stand on each other, and under a partial."""
-    marks: list[_Marks] = []
+    marks: list[_Mark] = []
     while True:
-        mark: _Marks | None = getattr(function, _MARKS, None)
+        mark: _Mark | None = getattr(function, _MARK, None)
         if mark is not None:
             marks.append(mark)
             # Of a bound method the mark is on the function that it binds.
-            function = types.MethodType(mark.function, function.__self__) if inspect.ismethod(function) else mark.function
+            if (function.__func__ if isinstance(function, types.MethodType) else function) is not mark.marked:
+                # Somebody's wrapper, to which functools.wraps() copied the mark.  It holds, but the wrapper is not to be passed by.
+                return function, marks + _unmarked(mark.function)[1]
+            method = function if isinstance(function, types.MethodType) else None
+            function = mark.function if method is None else types.MethodType(mark.function, method.__self__)
             continue
         if isinstance(function, functools.partial):
             inner, more = _unmarked(function.func)
@@ -74,14 +81,14 @@ def in_thread(function: _F, *, limiter: trio.CapacityLimiter | None = None) -> _
         TypeError: the function is async, so it would only make its coroutine in the thread.
     """
     plain, _ = _unmarked(function)
-    if is_code(plain, inspect.iscoroutinefunction) or is_code(plain, inspect.isasyncgenfunction):
+    if _is_async(plain):
         raise TypeError(f"in_thread() is for blocking functions, and {plain!r} is async")
-    return _mark(_Marks(function, in_thread=True, limiter=limiter))  # type: ignore[return-value]  # same call signature
+    return _mark(_Mark(function, in_thread=True, limiter=limiter))  # type: ignore[return-value]  # same call signature
 
 
 def run_to_end(function: _F) -> _F:
     """Mark a handler that is not cancelled when its caller goes away.  Shutdown and deadlines still cancel it."""
-    return _mark(_Marks(function, run_to_end=True))  # type: ignore[return-value]  # same call signature
+    return _mark(_Mark(function, run_to_end=True))  # type: ignore[return-value]  # same call signature
 
 
 @dataclass(slots=True)
@@ -118,7 +125,7 @@ class HandlerEntry:
             takes_comm=takes_comm,
             streams=generator or takes_comm,
             takes_serializers="serializers" in names,
-            in_thread=any(mark.in_thread for mark in marks),
+            in_thread=any(mark.in_thread for mark in marks) and not _is_async(called),
             limiter=next((mark.limiter for mark in marks if mark.limiter is not None), None),
             run_to_end=any(mark.run_to_end for mark in marks),
         )
@@ -130,6 +137,10 @@ def is_code(function: Handler, what: Callable[[object], bool]) -> bool:
         function = function.func
     # Of its class, not its own: calling a class makes an instance, and doesn't run the instance's __call__.
     return what(function) or what(getattr(type(function), "__call__", None))  # noqa: B004  # not a test for being callable
+
+
+def _is_async(function: Handler) -> bool:
+    return is_code(function, inspect.iscoroutinefunction) or is_code(function, inspect.isasyncgenfunction)
 
 
 def _parameter_names(function: Handler) -> list[str]:

@@ -169,6 +169,7 @@ class FaultStream(trio.abc.Stream):
             rest = memoryview(data).cast("B") if len(data) else memoryview(b"")
             if not rest:
                 await self._underneath(partial(self.stream.send_all, b""))
+                self._check_sendable()
             while rest:
                 self._check_sendable()
                 if self._black:
@@ -221,6 +222,7 @@ class FaultStream(trio.abc.Stream):
                 self._check_sendable()
                 if not self._black:
                     await self._underneath(self.stream.wait_send_all_might_not_block)
+                    self._check_sendable()
                     return
                 if self._swallowed < _SWALLOWED:
                     return
