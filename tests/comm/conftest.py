@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 from collections import Counter
@@ -20,6 +21,7 @@ from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.comm import BaseComm, FramedComm, StreamPump, get_transport, parse_address
 from trio_dcore.testing import memory_stream_pair
 
+PATIENCE = 30.0
 KINDS = ["stream", "memory", "tcp", "inproc"]
 
 
@@ -37,12 +39,29 @@ def _inventory() -> Counter[str]:
 @pytest.fixture(autouse=True)
 def leaves_nothing() -> Iterator[None]:
     """No thread and no descriptor is left; a socket that was left to the garbage collector is a ResourceWarning, so an error."""
-    gc.collect()
     before = _inventory()
     yield
-    gc.collect()
+    if _inventory() - before:
+        gc.collect()
     left = _inventory() - before
     assert not left, f"left behind: {dict(left)}"
+
+
+@pytest.fixture(autouse=True)
+def ends() -> Iterator[None]:
+    """A test that hangs fails."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def hang(number: int, frame: object) -> None:
+        raise TimeoutError(f"the test has not ended within {PATIENCE} s")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @dataclass

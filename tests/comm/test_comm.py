@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import pytest
 import trio
 import trio.testing
@@ -48,7 +49,7 @@ class TestMessages:
     @pytest.mark.parametrize("side", ["client", "server"])
     async def test_there_and_back(self, pair: Any, side: str) -> None:
         ours, theirs = pair.of(side), pair.of("server" if side == "client" else "client")
-        for message in ({"op": "add", "x": 1}, None, "text", b"\x00" * 70_000, (1, (2.5, True)), {"set": {1, 2}}):
+        for message in ({"op": "add", "x": 1}, None, "text", b"\x00" * 30_000, (1, (2.5, True)), {"set": {1, 2}}):
             size = await ours.write(message)
             assert (size >= 25) if pair.framed else size == 1
             assert await theirs.read() == message
@@ -82,7 +83,7 @@ class TestMessages:
 
     async def test_counters(self, pair: Any) -> None:
         before = pair.client.messages_written, pair.client.bytes_written, pair.server.messages_read, pair.server.bytes_read
-        size = await pair.client.write("x" * 100_000)
+        size = await pair.client.write("x" * 30_000)
         await pair.server.read()
         after = pair.client.messages_written, pair.client.bytes_written, pair.server.messages_read, pair.server.bytes_read
         changes = tuple(new - old for new, old in zip(after, before, strict=True))
@@ -222,7 +223,7 @@ class TestClosing:
         """Closing lingers: the message under way, and those behind it, are read by a peer that reads."""
         async with new_pair(kind, limits=Limits(linger=PATIENCE)) as pair, trio.open_nursery() as nursery:
             await until_blocked(lambda: pair.client.write(("first", MUCH)), nursery)
-            nursery.start_soon(pair.client.write, ("second", MUCH))
+            await until_blocked(lambda: pair.client.write(("second", MUCH)), nursery)
             await until_blocked(pair.client.aclose, nursery)
             # Behind the close there is nothing to wait for.
             late: list[BaseException] = []
@@ -345,6 +346,7 @@ class TestWhoMayDoWhat:
                     assert (await pair.server.read())[0] == n
                     if n < 20:
                         nursery.start_soon(writer, 40 + n)
+                        await trio.lowlevel.checkpoint()
 
     async def test_one_that_gives_up_waiting_leaves_no_gap(self, new_pair: Any) -> None:
         for kind in ("memory", "tcp", "inproc"):
@@ -425,7 +427,7 @@ class TestCancellation:
             await pair.server.write(n)
             assert await pair.client.read() == n
 
-    @pytest.mark.parametrize("size", [1, 15, 16, 23, 24, 30, 5000, 99_000])
+    @pytest.mark.parametrize("size", [1, 15, 16, 23, 24, 30, 5000, 60_000])
     async def test_a_read_inside_a_message_closes(self, framed: Any, size: int) -> None:
         data = single_frame(dumps(b"x" * 100_000)[0])
         await framed.server._pump.send([data[:size]], 0)
@@ -609,8 +611,8 @@ class TestFairness:
 class TestEncoding:
     async def test_what_can_not_be_sent_costs_nothing(self, framed: Any) -> None:
         with pytest.raises(SerializationError) as caught:
-            await framed.client.write({"a": [1, 2**70, lambda: (yield)]})
-        assert caught.value.path
+            await framed.client.write({"a": [1, (n for n in ())]})
+        assert caught.value.path == "a[1]"
         with pytest.raises(SerializationError):
             await framed.client.send((n for n in ()))
         await framed.client.write("next")
@@ -730,9 +732,8 @@ class TestBadInput:
             limits = Limits(head=200, head_trusted=400)
             async with new_pair("memory", trusted=trusted, limits=limits, deserialize=False) as pair:
                 size = 300 if not trusted else 500
-                header = dumps({"__Serialized__": 1})[0]
-                frames = [header, dumps({"serializer": "msgpack", "num-sub-frames": 0, "x": "y" * size})[0]]
-                await pair.server._transmit(frames)
+                header = {"serializer": "msgpack", "num-sub-frames": 0, "x": "y" * size}
+                await pair.server._transmit([msgpack.packb({"__Serialized__": 1}), msgpack.packb(header)])
                 with pytest.raises(LimitExceeded, match=str(getattr(limits, field))):
                     await pair.client.read()
 
@@ -1005,13 +1006,13 @@ class TestMemory:
         allocate = frames_module.allocate
         monkeypatch.setattr(frames_module, "allocate", lambda size: (allocated.append(size), allocate(size))[1])
         size = 64 * MiB
-        payload = bytearray(size)
-        payload[-5:] = b"tail!"
+        payload = numpy.zeros(size, dtype="u1")
+        payload[-5:] = 7
         async with new_pair("tcp") as pair:
 
             async def echo() -> None:
                 # What was received is sent again from the buffer it lies in.
-                await pair.server.write({"data": to_serialize(memoryview((await pair.server.read())["data"]))})
+                await pair.server.write({"data": to_serialize((await pair.server.read())["data"])})
 
             gc.collect()
             tracemalloc.start()  # sees bytes and bytearrays, and not the mappings that large frames are received in
@@ -1024,10 +1025,10 @@ class TestMemory:
                 peak = tracemalloc.get_traced_memory()[1]
             finally:
                 tracemalloc.stop()
-            assert bytes(memoryview(found)[-5:]) == b"tail!"
-            assert peak < 0.1 * size
-            assert sum(allocated) <= 2.2 * size
-            assert numpy is not None
+            assert (found == payload).all()
+            found[0] = 1  # it is the receiver's own
+            assert peak < 0.05 * size
+            assert sum(allocated) <= 2.05 * size
 
     async def test_a_large_message_of_one_frame_is_sent_from_where_it_is(self, new_pair: Any) -> None:
         async with new_pair("tcp") as pair, trio.open_nursery() as nursery:

@@ -71,6 +71,7 @@ async def test_bare_streams_both_ways() -> None:
 
             nursery.start_soon(serve)
             comm = await connect("memory://by-hand")
+            await trio.testing.wait_all_tasks_blocked()
             await comm.write("hello")
             assert await served[0].receive() == "hello"
             await served[0].send({"it": "is by hand"})

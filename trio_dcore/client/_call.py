@@ -60,7 +60,9 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
                 deadline = trio.current_effective_deadline()
                 if deadline != math.inf and "deadlines" in comm.extension.features:
                     header["deadline"] = deadline - trio.current_time()
-                await comm.put({"op": op, **kwargs, "reply": True, KEY: header}, serializers)
+                unsent = comm.start({"op": op, **kwargs, "reply": True, KEY: header}, serializers)
+                if unsent is not None:
+                    await comm.finish(unsent)
                 found = await comm.next_head()
                 head = None if found is None or found[1] is not None else found[0]
                 if type(head) is tuple and len(head) == 3 and head[0] == REPLY and head[1] == comm.last_id:

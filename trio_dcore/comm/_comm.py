@@ -44,6 +44,10 @@ _MOST_BEHIND = 64
 _MOST_OWED = 16 * KiB
 
 
+#: What is left to do for a message: (its buffers, its size, how much of it has been sent).
+Unsent = tuple[list[Buffer], int, int]
+
+
 class BaseComm(Comm):
     """What servers and clients use of every comm, beyond the public interface.
 
@@ -117,12 +121,28 @@ class BaseComm(Comm):
         """
 
     @abstractmethod
-    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
-        """:meth:`write` with ``on_error="raise"`` for servers and clients.
+    def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
+        """:meth:`write` with ``on_error="raise"``, as far as it needs no wait; for servers and clients.
 
-        Delivers cancellation only where it waits; the caller sees to it otherwise.  A comm that was closed here raises
-        trio.ClosedResourceError.
+        Returns None if the message is sent, which nearly every small one is then; else :meth:`finish` must be awaited with what is
+        returned.  Not a checkpoint.  A comm that was closed here raises trio.ClosedResourceError.
         """
+
+    @abstractmethod
+    async def finish(self, unsent: Unsent) -> None:
+        """Send the rest of a message, or let other tasks run where that is due."""
+
+    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
+        """:meth:`start` and, where needed, :meth:`finish`; returns the size of the message in bytes.
+
+        Delivers cancellation only where it waits; the caller sees to it otherwise.
+        """
+        before = self.bytes_written
+        unsent = self.start(message, serializers)
+        if unsent is None:
+            return self.bytes_written - before
+        await self.finish(unsent)
+        return unsent[1]
 
     @abstractmethod
     def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
@@ -334,12 +354,12 @@ class FramedComm(BaseComm):
         self._reading = True
         frames = None
         try:
-            while (frames := parser.next_message()) is None:
-                if self._ended or not await pump.fill(parser):
-                    self._ended = True
-                    if parser.mid_message:
-                        raise CommClosedError(f"{self.peer_address} closed the comm in the middle of a message")
-                    return None
+            frames = parser.next_message() if self._ended else await pump.pull(parser)
+            if frames is None:
+                self._ended = True
+                if parser.mid_message:
+                    raise CommClosedError(f"{self.peer_address} closed the comm in the middle of a message")
+                return None
             pump.unwaited += MESSAGE_WEIGHT
             if pump.unwaited >= YIELD_BYTES:
                 pump.unwaited = 0
@@ -420,10 +440,21 @@ class FramedComm(BaseComm):
         await checkpoint_if_cancelled()
         await self._transmit(self._encode(value, "message", None))
 
-    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
-        if serializers is None:
-            return await self._transmit(self._encoder.encode(message))
-        return await self._transmit(self._encode(message, "raise", serializers))
+    def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
+        encoder = self._encoder
+        frames = encoder.encode(message) if serializers is None else self._encode(message, "raise", serializers)
+        return self._start(frames)
+
+    async def finish(self, unsent: Unsent) -> None:
+        buffers, size, sent = unsent
+        if sent < size:
+            await self._transmit_slowly(buffers, sent)
+            self.messages_written += 1
+            self.bytes_written += size
+            self._pump.unwaited += MESSAGE_WEIGHT + size
+        if self._pump.unwaited >= YIELD_BYTES:
+            self._pump.unwaited = 0
+            await cancel_shielded_checkpoint()
 
     def _encode(self, message: Any, on_error: str, serializers: Sequence[str] | None) -> list[Buffer]:
         if on_error == "raise" and serializers is None:
@@ -436,32 +467,36 @@ class FramedComm(BaseComm):
             return self._encoder_telling.encode(message)
         return Encoder(replace(self._encoder.ctx, on_error=on_error, serializers=tuple(serializers))).encode(message)
 
-    async def _transmit(self, frames: list[Buffer]) -> int:
+    def _start(self, frames: list[Buffer]) -> Unsent | None:
+        """Send frames as far as that needs no wait: None if that was all, else what :meth:`finish` has to do."""
         if self._closed:
             raise self._closed_error(nothing_sent=True)
-        pump = self._pump
-        sent = 0
         if len(frames) == 1 and len(frames[0]) < JOIN_BELOW:
             data = single_frame(frames[0])
             size = len(data)
             if not self._sending:
+                pump = self._pump
                 try:
                     sent = pump.try_send(data)
                 except OSError as error:
                     raise self._write_failed(error, nothing_sent=True) from error
-            buffers: list[Buffer] = [data]
-        else:
-            buffers = join_small(pack_prelude(frames), frames)
-            size = sum(map(len, buffers))
-        if sent != size:
-            await self._transmit_slowly(buffers, sent)
-        self.messages_written += 1
-        self.bytes_written += size
-        pump.unwaited += MESSAGE_WEIGHT + size
-        if pump.unwaited >= YIELD_BYTES:
-            pump.unwaited = 0
-            await cancel_shielded_checkpoint()
-        return size
+                if sent < size:
+                    return [data], size, sent
+                self.messages_written += 1
+                self.bytes_written += size
+                pump.unwaited += MESSAGE_WEIGHT + size
+                return None if pump.unwaited < YIELD_BYTES else ([], size, size)
+            return [data], size, 0
+        buffers = join_small(pack_prelude(frames), frames)
+        return buffers, sum(map(len, buffers)), 0
+
+    async def _transmit(self, frames: list[Buffer]) -> int:
+        before = self.bytes_written
+        unsent = self._start(frames)
+        if unsent is None:
+            return self.bytes_written - before
+        await self.finish(unsent)
+        return unsent[1]
 
     async def _transmit_slowly(self, buffers: list[Buffer], sent: int) -> None:
         """Send the rest of a message in turn: behind the messages of those who came before, and behind what is owed."""
@@ -489,12 +524,13 @@ class FramedComm(BaseComm):
             except BaseException:
                 if pump.partial:
                     self._doom("a write was interrupted in the middle of a message")
-                self._owed[:0] = owed
+                else:
+                    self._owed[:0] = owed
                 raise
         finally:
             lock.release()
             self._sending = lock.locked() or bool(self._broken)
-            if self._owed and not self._sending:
+            if self._owed and not self._sending and not self._closed:
                 self._send_owed_later()
 
     def write_nowait(self, message: Any) -> bool:
@@ -556,6 +592,7 @@ class FramedComm(BaseComm):
     def _doom(self, why: str) -> None:
         """Close at once because the comm can't be used any more."""
         self._closed = self._closed or why
+        self._owed.clear()
         self._pump.abort()
 
     def _closed_error(self, *, nothing_sent: bool = False) -> Exception:

@@ -22,7 +22,7 @@ from ..protocol._envelope import GOODBYE
 from ..protocol._families import deserialize, unpickle_parts
 from ..protocol._handshake import FEATURES, Extension
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
-from ._comm import BaseComm
+from ._comm import BaseComm, Unsent
 
 __all__ = ["InprocComm", "InprocTransport"]
 
@@ -66,6 +66,7 @@ class InprocComm(BaseComm):
         "_other",
         "_peer_closed",
         "_reading",
+        "_shaken",
         "_turn",
         "_unwaited",
         "_wake_reader",
@@ -83,6 +84,7 @@ class InprocComm(BaseComm):
         self._wake_writer = ParkingLot()
         self._turn: trio.StrictFIFOLock | None = None  # of those who wait for room, in order
         self._reading = False
+        self._shaken = False  # this end has begun its handshake
         self._closed = False
         self._peer_closed = False
         self._unwaited = 0
@@ -100,6 +102,15 @@ class InprocComm(BaseComm):
             callback()
 
     async def handshake(self) -> None:
+        # There is nothing to tell, but somebody must be there: a comm that is never accepted is no connection.
+        self._shaken = True
+        self._other._wake_reader.unpark_all()
+        while not self._other._shaken:
+            if self._closed:
+                raise trio.ClosedResourceError("this comm was closed here")
+            if self._peer_closed:
+                raise CommClosedError(f"{self.peer_address} closed the comm during the handshake")
+            await self._wake_reader.park()
         limits = self._other.settings.limits
         window = limits.window, limits.window_bytes
         pooled = self._other.settings.pooled
@@ -148,8 +159,15 @@ class InprocComm(BaseComm):
         await checkpoint_if_cancelled()
         await self.put(value)
 
-    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
+    def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
         if not self.write_nowait(message):
+            return [message], 1, 0
+        self._unwaited += 1
+        return None if self._unwaited < _YIELD_MESSAGES else ([], 1, 1)
+
+    async def finish(self, unsent: Unsent) -> None:
+        (messages, _, _) = unsent
+        if messages:
             if self._turn is None:
                 self._turn = trio.StrictFIFOLock()
             async with self._turn:
@@ -159,8 +177,11 @@ class InprocComm(BaseComm):
                         break
                     self._unwaited = 0
                     await self._wake_writer.park()
-                self._pass_on(message)
+                self._pass_on(messages[0])
         await self._yield_sometimes()
+
+    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
+        await super().put(message, serializers)
         return 1  # as Dask: there are no bytes to count
 
     def write_nowait(self, message: Any) -> bool:

@@ -56,6 +56,16 @@ class Pump(ABC):
         self.unwaited = 0
         self.partial = False
 
+    async def pull(self, parser: FrameParser) -> list[Buffer] | None:
+        """Wait for a whole message and return its frames; None at the end of the stream.
+
+        Cancellation: nothing is lost; what had come is in the parser.
+        """
+        while (frames := parser.next_message()) is None:
+            if not await self.fill(parser):
+                return None
+        return frames
+
     @abstractmethod
     async def fill(self, parser: FrameParser) -> bool:
         """Wait for bytes and give them to the parser; False at the end of the stream.
@@ -111,6 +121,26 @@ class SocketPump(Pump):
         self._recv = sock.recv
         self._send = sock.send
         self._size = _SMALL_READ
+
+    async def pull(self, parser: FrameParser) -> list[Buffer] | None:
+        # The path of a small message: one call that may wait, and one that parses.
+        if parser.mid_message:
+            return await super().pull(parser)
+        while True:
+            try:
+                data = self._recv(self._size)
+            except BlockingIOError:
+                self.unwaited = 0
+                await wait_readable(self.socket)
+                continue
+            size = len(data)
+            # A full buffer means that more is waiting: read more at once next time.
+            self._size = _LARGE_READ if size == self._size else _SMALL_READ
+            self.unwaited += size  # whoever takes the message yields where that is due
+            frames = parser.receive(data)
+            if frames is not None or not data:
+                return frames
+            return await super().pull(parser)
 
     async def fill(self, parser: FrameParser) -> bool:
         target = parser.want()

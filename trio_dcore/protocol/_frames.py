@@ -211,6 +211,18 @@ class FrameParser:
             self._buffer = self._buffer[self._position :] + data
         self._position = 0
 
+    def receive(self, data: bytes) -> list[Buffer] | None:
+        """:meth:`feed`, then :meth:`next_message`: for the small message that comes alone and whole, in one step."""
+        size = len(data)
+        if size >= 24 and not self._buffer and self._count < 0:
+            outer, count, length = _unpack_single(data)
+            if count == 1 and length + 24 == size and 0 < length <= self._small and (outer == length + 16 or outer == 16):
+                self.total += size
+                self.last_size = size
+                return [data[24:]]
+        self.feed(data)
+        return self.next_message()
+
     def want(self) -> memoryview | None:
         """The part of a large frame still to be filled, or None where :meth:`feed` is the way in."""
         pending = self._pending

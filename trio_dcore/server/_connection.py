@@ -152,13 +152,17 @@ class Connection:
     async def _serve(self) -> None:
         comm = self.comm
         server = self.server
+        turns = 0
         while True:
             if server.draining and not comm.stale():
                 self._say_goodbye()
                 return
             self.idle = True
             try:
-                await checkpoint_if_cancelled()
+                # Every wait delivers cancellation; requests that need none must not put it off for long.
+                turns += 1
+                if turns % 16 == 0:
+                    await checkpoint_if_cancelled()
                 found = await comm.next_head()
             except trio.ClosedResourceError:
                 return
@@ -227,7 +231,9 @@ class Connection:
                 if self._gone and self._awaited:
                     self.scope.cancel(reason="the caller has gone")
                 if not entry.streams and (header is None or not header.stream and header.deadline is None):
-                    result = await self._call(entry, (), message, request)
+                    context, result = self._begin(entry, (), message, request)
+                    if type(result) is CoroutineType or hasattr(result, "__await__"):
+                        result = await drive(context, result, self.on_wait)
                     if type(result) is AsyncGeneratorType:  # of a plain function or a lambda
                         one_reply = header is not None or wanted and reply is not _ABSENT and not close
                         result = await self._finish(entry, result, request, StreamAnswer(comm, header), one_reply=one_reply)
@@ -238,7 +244,12 @@ class Connection:
                 if header is not None and not header.stream and wanted:
                     raise LocalProtocolError(f"{op!r} returned Status.dont_reply, and its caller waits for a reply")
                 return not close
-            await self._send_result(header, result, serializers)
+            try:
+                unsent = comm.start(result if header is None else (REPLY, header.id, result), serializers)
+                if unsent is not None:
+                    await comm.finish(unsent)
+            except (SerializationError, UnsafePayload) as error:
+                await self._send_failure(header, error, started=True)
             return not close and not self._said_too_much(header, reply, written)
         except Exception as error:
             if comm.closed():
@@ -301,25 +312,38 @@ class Connection:
 
     # -- handlers ----------------------------------------------------------------------------------------------------------------
 
-    async def _call(self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Any:
-        """Run a handler and return its result; an async generator is returned, not run."""
+    def _begin(
+        self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request
+    ) -> tuple[Context, Any]:
+        """Call a handler in a context of its own: (the context, what it returned, which may be something to await)."""
         request_variable.set(request)
         context = copy_context()
-        function = entry.function
+        if entry.in_thread:
+            return context, self._in_thread(entry, args, kwargs, request)
         try:
-            if entry.in_thread:
-                if self.on_wait is not None:
-                    self.on_wait()
-                return await trio.to_thread.run_sync(_in_worker, function, args, kwargs, limiter=entry.limiter)
-            result = context.run(function, *args, **kwargs)
+            return context, context.run(entry.function, *args, **kwargs)
         except TypeError as error:
-            caller = _in_worker if entry.in_thread else Connection._call
-            mismatch = wrong_arguments(request.op, function, args, kwargs, error, caller.__code__)
+            mismatch = wrong_arguments(request.op, entry.function, args, kwargs, error, Connection._begin.__code__)
             if mismatch is None:
                 raise
             raise mismatch from None
         except StopIteration as stop:
             raise _Stopped(stop) from None
+
+    async def _in_thread(self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Any:
+        try:
+            return await trio.to_thread.run_sync(_in_worker, entry.function, args, kwargs, limiter=entry.limiter)
+        except TypeError as error:
+            mismatch = wrong_arguments(request.op, entry.function, args, kwargs, error, _in_worker.__code__)
+            if mismatch is None:
+                raise
+            raise mismatch from None
+        except StopIteration as stop:
+            raise _Stopped(stop) from None
+
+    async def _call(self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Any:
+        """Run a handler and return its result; an async generator is returned, not run."""
+        context, result = self._begin(entry, args, kwargs, request)
         if type(result) is CoroutineType or hasattr(result, "__await__"):
             return await drive(context, result, self.on_wait)
         return result
@@ -363,13 +387,6 @@ class Connection:
         return Status.dont_reply  # the stream's end was its answer
 
     # -- answers -----------------------------------------------------------------------------------------------------------------
-
-    async def _send_result(self, header: RequestHeader | None, result: Any, serializers: Any) -> None:
-        message = result if header is None else (REPLY, header.id, result)
-        try:
-            await self.comm.put(message, serializers)
-        except (SerializationError, UnsafePayload) as error:
-            await self._send_failure(header, error)
 
     async def _send_failure(self, header: RequestHeader | None, error: Exception, *, started: bool = False) -> None:
         await self.comm.put(self._failure_message(header, error, started=started))

@@ -69,7 +69,9 @@ class no_leaks:  # reads as a phrase
         self._old_hook = sys.unraisablehook
         sys.unraisablehook = self._saw_unraisable
         self._catcher = warnings.catch_warnings(record=True)
-        self._warnings: list[Any] = self._catcher.__enter__() or []
+        caught = self._catcher.__enter__()
+        assert caught is not None  # as record=True says
+        self._warnings = caught
         warnings.simplefilter("always", ResourceWarning)
         self._before = Inventory()
 

@@ -38,8 +38,11 @@ class _CancelAtStep(trio.abc.Instrument):
         if not self.fired and (self._task is None or task is self._task):
             self._left -= 1
             if self._left == 0:
-                self.fired = True
-                self._scope.cancel(reason="cancel_sweep has come to its step")
+                self.fire()
+
+    def fire(self) -> None:
+        self.fired = True
+        self._scope.cancel(reason="cancel_sweep has come to its step")
 
 
 async def cancel_sweep(
@@ -52,9 +55,9 @@ async def cancel_sweep(
 ) -> int:
     """Run a scenario once for every step that it has, cancelled at that step.
 
-    The first run is cancelled before the first step that a task makes after the scenario has begun, the next before the second,
-    and so on until a run ends by itself.  After each run, and its check, there must be no task and no descriptor that was not
-    there before.
+    Run 0 is cancelled before it begins, run 1 before the first step that a task makes after the scenario has had to wait, run 2
+    before the second, and so on until a run ends by itself.  After each run, and its check, there must be no task, descriptor or
+    connection of a memory network that was not there before.
 
     Args:
         scenario: runs in a task of its own, under a scope that is cancelled.  It may be cancelled anywhere; anything else that it
@@ -66,12 +69,12 @@ async def cancel_sweep(
         limit: give up after so many steps: the scenario never ends.
 
     Returns:
-        How many runs were cancelled.
+        How many runs were cancelled, run 0 included.
 
     Raises:
         SweepError: the scenario or the check raised, hung or left something behind; the message names the step.
     """
-    for step in range(1, limit + 1):
+    for step in range(limit + 1):
         before = Inventory()
         try:
             fired = await _cancelled_at(scenario, step, steps == "own", patience)
@@ -83,7 +86,7 @@ async def cancel_sweep(
             _raise_if_not_ours(error)
             raise SweepError(f"cancelled at step {step}: {_said(error)}") from error
         if not fired:
-            return step - 1
+            return step
     raise SweepError(f"the scenario did not end within {limit} steps")
 
 
@@ -97,6 +100,8 @@ async def _cancelled_at(scenario: Callable[[], Awaitable[object]], step: int, ow
         try:
             with trio.CancelScope() as scope:
                 instrument = _CancelAtStep(task if own else None, scope, step)
+                if step == 0:
+                    instrument.fire()
                 trio.lowlevel.add_instrument(instrument)
                 try:
                     await scenario()
