@@ -49,6 +49,16 @@ def by_feeding(parser: FrameParser, pieces: Iterable[bytes]) -> list[list[Any]]:
     return found
 
 
+def by_receiving(parser: FrameParser, pieces: Iterable[bytes]) -> list[list[Any]]:
+    """As by feeding, in one step."""
+    found = []
+    for piece in pieces:
+        if (frames := parser.receive(piece)) is not None:
+            found.append(frames)
+            found += take_all(parser)
+    return found
+
+
 def as_a_pump_does(parser: FrameParser, pieces: Iterable[bytes]) -> list[list[Any]]:
     """Where the parser offers a buffer it is filled in place, as far as the piece goes."""
     found = []
@@ -210,7 +220,7 @@ class TestParser:
     @given(
         st.lists(messages(), min_size=1, max_size=3),
         st.one_of(st.just([]), st.lists(st.integers(1, 30_000), max_size=12)),
-        st.sampled_from([by_feeding, as_a_pump_does]),
+        st.sampled_from([by_feeding, by_receiving, as_a_pump_does]),
     )
     def test_any_layout_in_any_partition(
         self,
@@ -237,7 +247,7 @@ class TestParser:
                 assert not memoryview(frame).readonly
 
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 9, 23, 24, 25])
-    @pytest.mark.parametrize("deliver", [by_feeding, as_a_pump_does])
+    @pytest.mark.parametrize("deliver", [by_feeding, by_receiving, as_a_pump_does])
     def test_in_small_pieces(self, size: int, deliver: Callable[..., list[list[Any]]]) -> None:
         expected = [
             [b"only"],
@@ -294,6 +304,17 @@ class TestParser:
         parser.feed(b"")
         parser.feed(single_frame(b"x")[10:])
         assert parser.next_message() == [b"x"]
+
+    def test_a_message_that_comes_alone_and_whole(self) -> None:
+        parser = FrameParser()
+        for counted in (0, 1):
+            data = wire([b"frame"], counted=counted)
+            assert parser.receive(data) == [b"frame"]
+            assert (parser.last_size, parser.mid_message, parser.buffered) == (len(data), False, 0)
+        assert parser.total == 2 * len(data)
+        assert parser.receive(b"") is None
+        assert parser.receive(data[:5]) is None
+        assert parser.receive(data[5:]) == [b"frame"]
 
     def test_pipelined_messages_come_one_at_a_time(self) -> None:
         parser = FrameParser()
@@ -449,11 +470,12 @@ OVER = {
 class TestHostile:
     @pytest.mark.parametrize("data", [value[0] for value in REFUSED.values()], ids=REFUSED)
     @pytest.mark.parametrize("size", [1, 7, 1000])
-    def test_is_refused_and_stays_so(self, data: bytes, size: int, request: pytest.FixtureRequest) -> None:
+    @pytest.mark.parametrize("deliver", [by_feeding, by_receiving])
+    def test_is_refused_and_stays_so(self, data: bytes, size: int, deliver: Callable[..., list[list[Any]]]) -> None:
         text = next(text for sample, text in REFUSED.values() if sample == data)
         parser = FrameParser()
         with pytest.raises((RemoteProtocolError, LimitExceeded), match=text):
-            by_feeding(parser, cut(data, size))
+            deliver(parser, cut(data, size))
         with pytest.raises((RemoteProtocolError, LimitExceeded), match=text):
             parser.next_message()
 

@@ -11,8 +11,8 @@ import functools
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Any, Self, TypeVar
 
 import pytest
 import trio
@@ -20,7 +20,7 @@ import trio.testing
 
 from trio_dcore import Server, rpc
 from trio_dcore.abc import CommSettings
-from trio_dcore.comm import get_transport, parse_address
+from trio_dcore.comm import get_transport, parse_address, parse_host_port
 from trio_dcore.testing import ManualPeer, MemoryNetwork, memory_network, no_leaks
 
 #: Rows of the table by id -> {transport: [test ids]}; filled as test modules are imported.
@@ -138,9 +138,94 @@ class Wire:
         assert self.log is not None
         return [record for record in self.log.records if is_loud(record)]
 
+    @asynccontextmanager
+    async def silent(self) -> AsyncIterator[str]:
+        """Address of a listener that accepts nothing: who connects waits for a handshake (but over inproc, which has none)."""
+        scheme, location = parse_address(self.where)
+        (listener,) = await get_transport(scheme).listen(location, CommSettings.of(None, None, True, None, None))
+        async with listener:
+            yield listener.contact_address
+
+    def relay(self, address: str) -> Relay:
+        """Something in between that can stop passing bytes on: ``async with wire.relay(address) as relay`` (not over inproc)."""
+        return Relay(self, address)
+
     async def manual(self, address: str) -> ManualPeer:
         """A peer that speaks by hand (not over inproc, which has no bytes)."""
         return await ManualPeer.connect(address, self.network)
+
+
+class Relay:
+    """Passes on bytes between clients, who connect to :attr:`address`, and a server, until it is told not to.
+
+    Attributes:
+        address: where clients are to connect to.
+        passed: bytes that went from clients to the server, and from the server to clients, for each connection made.
+        limits: how many bytes each further connection passes in these two directions; beyond that it takes none.
+    """
+
+    def __init__(self, wire: Wire, target: str) -> None:
+        self._wire = wire
+        self._target = target
+        self._stalled = False
+        self._managers = AsyncExitStack()
+        self.passed: list[list[int]] = []
+        self.limits = (math.inf, math.inf)
+        self.address = ""
+
+    def stall(self) -> None:
+        """From now on pass nothing on: no byte, no end, no reset."""
+        self._stalled = True
+
+    async def __aenter__(self) -> Self:
+        if self._wire.network is not None:
+            streams = await self._wire.network.listen_streams()
+            listener: trio.abc.Listener[Any] = streams
+            self.address = streams.address
+        else:
+            (sockets,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            listener = sockets
+            self.address = f"tcp://127.0.0.1:{sockets.socket.getsockname()[1]}"
+        nursery = await self._managers.enter_async_context(trio.open_nursery())
+        await nursery.start(trio.serve_listeners, self._connected, [listener])
+        self._nursery = nursery
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._nursery.cancel_scope.cancel()
+        await self._managers.__aexit__(*error)
+
+    async def _connected(self, client: trio.abc.Stream) -> None:
+        if self._wire.network is not None:
+            server: trio.abc.Stream = await self._wire.network.connect_stream(self._target)
+        else:
+            host, port = parse_host_port(parse_address(self._target)[1])
+            server = await trio.open_tcp_stream(host, port)
+        counts = [0, 0]
+        self.passed.append(counts)
+        there, back = self.limits
+        async with client, server, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass_on, client, server, counts, 0, there, nursery)
+            nursery.start_soon(self._pass_on, server, client, counts, 1, back, nursery)
+
+    async def _pass_on(
+        self, source: trio.abc.Stream, sink: trio.abc.Stream, counts: list[int], way: int, limit: float, nursery: trio.Nursery
+    ) -> None:
+        while True:
+            left = limit - counts[way]
+            if self._stalled or left <= 0:
+                await trio.sleep_forever()
+            try:
+                data = await source.receive_some(int(min(left, 64 * 1024)))
+                if self._stalled:
+                    await trio.sleep_forever()
+                await sink.send_all(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                data = b""
+            counts[way] += len(data)
+            if not data:
+                nursery.cancel_scope.cancel()  # an end in one direction is the end of both
+                return
 
 
 Body = Callable[[Wire], Awaitable[None]]
@@ -211,11 +296,12 @@ def run(body: Body, transport: str, log: pytest.LogCaptureFixture | None = None,
     """Run one body over one transport."""
 
     async def main() -> None:
-        async with no_leaks():
-            if transport == "m":
-                with memory_network() as network:
+        if transport == "m":
+            with memory_network() as network:
+                async with no_leaks():  # inside, since connections of the network can leak, too
                     await body(Wire(transport, network, real=real, log=log))
-            else:
+        else:
+            async with no_leaks():
                 await body(Wire(transport, None, real=real, log=log))
 
     clock = trio.testing.MockClock(autojump_threshold=0) if transport in "mi" and not real else None
@@ -275,8 +361,13 @@ class Journal:
     """What happened, in order, for asserts about order and about ``finally`` blocks that ran."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
         self.entries: list[str] = []
         self._started = trio.Event()
+        self._ended = trio.Event()
 
     def __call__(self, entry: str) -> None:
         self.entries.append(entry)
@@ -296,9 +387,14 @@ class Journal:
                 raise
             finally:
                 self("finally")
+                wire.tell(self._ended.set)
 
         return work
 
     async def started(self) -> None:
         """Wait until the handler runs."""
         await self._started.wait()
+
+    async def ended(self) -> None:
+        """Wait until the handler has ended, in whatever way."""
+        await self._ended.wait()

@@ -73,6 +73,17 @@ async def test_a_descriptor_that_another_took_the_place_of(tmp_path: Path) -> No
     sock.close()
 
 
+async def test_what_is_there_again_is_no_leak() -> None:
+    """A connection that was made anew, over memory and sockets, with the server's task for it."""
+    with memory_network():
+        for where in ("memory://", "tcp://127.0.0.1:0"):
+            async with Server({"quick": int}) as server, rpc(await server.listen(where)) as remote:
+                await remote.quick()
+                async with no_leaks():
+                    remote.pool.collect()
+                    await remote.quick()
+
+
 # -- something is ----------------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +115,7 @@ async def test_two_tasks_of_one_name() -> None:
             nursery.start_soon(trio.sleep_forever)
 
         nursery.start_soon(trio.sleep_forever)
-        await leaks(block, r"sleep_forever \(2 of them\)")
+        await leaks(block, "left behind: task trio.sleep_forever\nleft behind: task trio.sleep_forever$")
         nursery.cancel_scope.cancel()
 
 

@@ -293,9 +293,7 @@ class FramedComm(BaseComm):
 
     async def handshake(self) -> None:
         limits = self.settings.limits
-        local = local_handshake(
-            compression=None, window=(limits.window, limits.window_bytes), pooled=self.settings.pooled
-        )
+        local = local_handshake(compression=None, window=(limits.window, limits.window_bytes), pooled=self.settings.pooled)
         # Each side writes first and then reads (wire document, section 3); neither waits for the other.
         await self._transmit(_HANDSHAKE_ENCODER.encode(local))
         found = await self.next_head()
@@ -339,7 +337,6 @@ class FramedComm(BaseComm):
         return decoder.resolve(frames)
 
     async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
-        watch = None
         if self._reading:
             watch = self._watch
             if watch is None or not watch.reading:
@@ -368,6 +365,7 @@ class FramedComm(BaseComm):
             self._doom(f"what came from {self.peer_address} is not acceptable: {error}")
             raise
         except trio.ClosedResourceError:
+            self.abort()  # nothing new, unless it is the stream underneath that was closed
             raise self._closed_error() from None
         except (OSError, trio.BrokenResourceError) as error:
             if isinstance(error, CommClosedError):
@@ -381,8 +379,8 @@ class FramedComm(BaseComm):
             raise
         finally:
             self._reading = False
-            if watch is not None:
-                watch.resume()
+            if self._watch is not None:
+                self._watch.resume()
         self.messages_read += 1
         frame0 = frames[0]
         # As Decoder.has_markers, which says why.
@@ -518,6 +516,7 @@ class FramedComm(BaseComm):
                 if owed or buffers:
                     await pump.send(owed + buffers, sent)
             except trio.ClosedResourceError:
+                self.abort()
                 raise self._closed_error() from None
             except (OSError, trio.BrokenResourceError) as error:
                 raise self._write_failed(error, nothing_sent=not pump.partial) from error
@@ -641,7 +640,9 @@ class FramedComm(BaseComm):
         return bool(self._closed) or self._ended or bool(self._broken)
 
     def stale(self) -> bool:
-        return self.closed() or self._parser.mid_message or self._pump.readable()
+        if self._closed or self._ended or self._broken or self._parser.mid_message:
+            return True
+        return self._pump.readable()
 
     def take_goodbye(self, before: int) -> bool:
         if self._closed or self.extension is None or self._reading:

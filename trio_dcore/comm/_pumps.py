@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import select
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -112,7 +113,7 @@ class Pump(ABC):
 class SocketPump(Pump):
     """A pump on a bare, connected, non-blocking stream socket, which it owns."""
 
-    __slots__ = ("_recv", "_send", "_size", "socket")
+    __slots__ = ("_poll", "_recv", "_send", "_size", "socket")
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
@@ -121,6 +122,7 @@ class SocketPump(Pump):
         self._recv = sock.recv
         self._send = sock.send
         self._size = _SMALL_READ
+        self._poll: select.poll | None = None
 
     async def pull(self, parser: FrameParser) -> list[Buffer] | None:
         # The path of a small message: one call that may wait, and one that parses.
@@ -219,6 +221,15 @@ class SocketPump(Pump):
         _set_user_timeout(self.socket, seconds)
 
     def readable(self) -> bool:
+        if self._poll is None:
+            if not hasattr(select, "poll"):  # Windows
+                return self._peek()
+            self._poll = select.poll()
+            self._poll.register(self.socket, select.POLLIN)
+        # A quarter of what a failing recv costs, most of which is its exception.  Errors and hang-ups are reported, too.
+        return bool(self._poll.poll(0))
+
+    def _peek(self) -> bool:
         try:
             self._recv(1, socket.MSG_PEEK)
         except BlockingIOError:

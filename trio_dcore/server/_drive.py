@@ -7,8 +7,9 @@ protocol: what it yields goes on to trio, what trio sends or throws goes in to i
 
 from __future__ import annotations
 
+import gc
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextvars import Context
 from typing import Any
 
@@ -16,7 +17,7 @@ import trio
 from outcome import Error
 from trio.lowlevel import checkpoint_if_cancelled
 
-__all__ = ["drive"]
+__all__ = ["drive", "frames_of"]
 
 
 @types.coroutine
@@ -73,3 +74,26 @@ def drive(
     """
     coroutine = awaitable if type(awaitable) is types.CoroutineType else _awaited(awaitable)
     return _steps(context, coroutine, on_wait, whole)
+
+
+def frames_of(task: trio.lowlevel.Task) -> Iterator[tuple[types.FrameType, int]]:
+    """Where a task waits: as ``task.iter_await_frames()``, and on into a handler that is driven here, which that does not see."""
+    frame = None
+    for frame, line in task.iter_await_frames():
+        yield frame, line
+    if frame is not None and frame.f_code is _steps.__code__:
+        yield from _await_frames(frame.f_locals["coroutine"])
+
+
+def _await_frames(awaitable: Any) -> Iterator[tuple[types.FrameType, int]]:
+    while awaitable is not None:
+        for kind in ("cr", "gi", "ag"):
+            frame = getattr(awaitable, f"{kind}_frame", None)
+            if frame is not None:
+                yield frame, frame.f_lineno
+                awaitable = getattr(awaitable, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
+                break
+        else:
+            # A step of an async generator, which does not show whose it is.
+            referents = gc.get_referents(awaitable)
+            awaitable = next((each for each in referents if isinstance(each, types.AsyncGeneratorType)), None)

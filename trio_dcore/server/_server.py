@@ -40,6 +40,7 @@ from ..comm import BaseComm, HangupWatcher, InprocComm, check_encryption, get_tr
 from ..errors import LocalProtocolError
 from ..protocol._limits import Limits
 from ._connection import Connection
+from ._drive import frames_of
 from ._handlers import Handler, HandlerEntry, is_code, run_to_end
 from ._request import request_variable
 from ._statistics import Counters, ServerStatistics
@@ -350,14 +351,22 @@ class BaseServer:
         # Shielded, for it must outlive the cancellation that it reports on; _hold_connections ends it with the last connection.
         with self._reporting:
             await self.shutdown_requested.wait()
+            due = trio.current_time() + _REPORT_EVERY
             while True:
-                await trio.sleep(_REPORT_EVERY)
-                tasks = self._connection_tasks
-                if tasks is None or not self._scope.cancel_called:
-                    continue
-                for task in tasks.child_tasks:
-                    stack = "".join(traceback.StackSummary.extract(task.iter_await_frames()).format())
-                    _log.warning("%s waits for a task that does not end: %s\n%s", self.name, task.name, stack)
+                await trio.sleep_until(due)
+                # A second after the cut, not after the stop: before it there is nothing that should have ended.  The cut may come
+                # earlier than it was to be, so look every second.
+                now, first = trio.current_time(), self._deadline + _REPORT_EVERY
+                due = now + _REPORT_EVERY if now >= first else min(now + _REPORT_EVERY, first)
+                if now >= first and self._connection_tasks is not None:
+                    self._report(self._connection_tasks.child_tasks)
+
+    def _report(self, tasks: Collection[trio.lowlevel.Task]) -> None:
+        for task in tasks:
+            stack = "".join(traceback.StackSummary.extract(frames_of(task)).format())
+            _log.warning("%s waits for a task that does not end: %s\n%s", self.name, task.name, stack)
+            for nursery in task.child_nurseries:
+                self._report(nursery.child_tasks)
 
     def _wind_down(self) -> None:
         """Close what needs no waiting.  Synchronous, for it also runs when the serving task has been cancelled."""
@@ -450,7 +459,7 @@ class BaseServer:
 
     def _shorten(self, grace: float) -> None:
         if grace <= 0:
-            self._deadline = -math.inf
+            self._deadline = min(self._deadline, trio.current_time())
             if self._life is Life.DRAINING:
                 self._life = self._life.move(Life.CLOSING)
             self._scope.cancel(reason=self._cut_reason())

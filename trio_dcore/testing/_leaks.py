@@ -9,6 +9,7 @@ import sys
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -97,12 +98,18 @@ class no_leaks:  # reads as a phrase
 
 
 class Inventory:
-    """What there is at one moment."""
+    """What there is at one moment: things, each with its kind and a text that says which it is.
+
+    One thing may have taken the place of another of its kind, such as a connection that was made anew.
+    """
 
     def __init__(self) -> None:
-        self._counts = _tasks() + _threads() + _asyncio_tasks()
-        self._descriptors = _descriptors()
-        self._memory = _memory_streams()
+        self._things: dict[object, tuple[str, str]] = {}
+        self._things.update(_tasks())
+        self._things.update(_descriptors())
+        self._things.update(_memory_streams())
+        self._things.update(_threads())
+        self._things.update(_asyncio_tasks())
 
     async def settle(self) -> None:
         """Give what is about to end some passes of the loop; what is still there then stays."""
@@ -113,49 +120,44 @@ class Inventory:
 
     def added(self) -> list[str]:
         """What there is now beyond that, a line for each."""
-        now = Inventory()
-        found = [
-            f"left behind: {what}" + (f" ({count} of them)" if count > 1 else "")
-            for what, count in (now._counts - self._counts).items()
-        ]
-        more = Counter(map(_kind, now._descriptors.values())) - Counter(map(_kind, self._descriptors.values()))
-        for number, target in now._descriptors.items():
-            if self._descriptors.get(number) != target and more[_kind(target)] > 0:
-                more[_kind(target)] -= 1
-                found.append(f"left behind: descriptor {number}, {_described(number, target)}")
-        return found + [f"left behind: {stream}" for stream in now._memory if stream not in self._memory]
+        now = Inventory()._things
+        more = Counter(kind for kind, _ in now.values()) - Counter(kind for kind, _ in self._things.values())
+        found = []
+        for thing, (kind, text) in now.items():
+            if more[kind] > 0 and self._things.get(thing) != (kind, text):
+                more[kind] -= 1
+                found.append(f"left behind: {_described(thing, text) if kind == 'socket' else text}")
+        return found
 
 
-def _tasks() -> Counter[str]:
+def _tasks() -> Iterator[tuple[object, tuple[str, str]]]:
     try:
         root = trio.lowlevel.current_root_task()
     except RuntimeError:
-        return Counter()
-    found: Counter[str] = Counter()
+        return
     stack = [root] if root is not None else []
     while stack:
         task = stack.pop()
         if not task.name.startswith(_TRIO_INTERNAL) and task.name != TIMER_NAME:
-            found[f"task {task.name}"] += 1
+            # Of a kind are those that run the same function, whatever they were named.
+            yield task, (f"task of {getattr(task.coro, '__qualname__', task.name)}", f"task {task.name}")
         for nursery in task.child_nurseries:
             stack.extend(nursery.child_tasks)
-    return found
 
 
-def _descriptors() -> dict[int, str]:
+def _descriptors() -> Iterator[tuple[object, tuple[str, str]]]:
     """What each of the process's descriptors refers to; nothing where the system doesn't tell."""
     folder = "/proc/self/fd" if sys.platform == "linux" else "/dev/fd"
-    found: dict[int, str] = {}
     try:
         names = os.listdir(folder)
     except OSError:
-        return found
+        return
     for name in names:
         try:
-            found[int(name)] = os.readlink(f"{folder}/{name}") if sys.platform == "linux" else "something"
+            target = os.readlink(f"{folder}/{name}") if sys.platform == "linux" else "something"
         except OSError:
             continue  # that was the listing's own
-    return found
+        yield int(name), (_kind(target), f"descriptor {name}, {target}")
 
 
 def _kind(target: str) -> str:
@@ -163,36 +165,41 @@ def _kind(target: str) -> str:
     return target.partition(":[")[0] if not target.startswith("anon_inode:") else target
 
 
-def _described(number: int, target: str) -> str:
-    if not target.startswith("socket:"):
-        return target
+def _described(number: object, text: str) -> str:
+    """What a socket is, if that can be found out."""
+    assert isinstance(number, int)
     try:
         with socket.socket(fileno=os.dup(number)) as sock:
             listening = hasattr(socket, "SO_ACCEPTCONN") and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             what = "a listening socket" if listening else "a socket"
             where = f" at {sock.getsockname()!r}" if sock.getsockname() else ""
             try:
-                return f"{what}{where} connected to {sock.getpeername()!r}"
+                to = f" connected to {sock.getpeername()!r}"
             except OSError:
-                return f"{what}{where}"
+                to = ""
+            return f"descriptor {number}, {what}{where}{to}"
     except OSError:
-        return target
+        return text
 
 
-def _memory_streams() -> list[str]:
+def _memory_streams() -> Iterator[tuple[object, tuple[str, str]]]:
     network = current_network()
-    return [] if network is None else network.open_ends()
+    if network is not None:
+        for number, side, stream in network.open_ends():
+            yield stream, (f"{side} end", f"the {side} end of memory connection {number}")
 
 
-def _threads() -> Counter[str]:
-    return Counter(f"thread {thread.name}" for thread in threading.enumerate() if not thread.name.startswith(_CACHED_THREADS))
+def _threads() -> Iterator[tuple[object, tuple[str, str]]]:
+    for thread in threading.enumerate():
+        if not thread.name.startswith(_CACHED_THREADS):
+            yield thread, (f"thread {thread.name}",) * 2
 
 
-def _asyncio_tasks() -> Counter[str]:
+def _asyncio_tasks() -> Iterator[tuple[object, tuple[str, str]]]:
     asyncio = sys.modules.get("asyncio")
-    if asyncio is None:
-        return Counter()
     try:
-        return Counter(f"asyncio task {task.get_name()}" for task in asyncio.all_tasks())
+        tasks = asyncio.all_tasks() if asyncio is not None else ()
     except RuntimeError:
-        return Counter()  # no loop runs here
+        return  # no loop runs here
+    for task in tasks:
+        yield task, (f"asyncio task of {getattr(task.get_coro(), '__qualname__', '')}", f"asyncio task {task.get_name()}")

@@ -39,12 +39,13 @@ class MemoryNetwork:
         self._listeners: dict[str, MemoryStreamListener] = {}
         self._numbers = itertools.count(1)
 
-    def open_ends(self) -> list[str]:
-        """The ends of connections that were not closed, in words."""
+    def open_ends(self) -> list[tuple[int, Side, MemoryStream]]:
+        """The ends of connections that were not closed: number of the connection, from 1, side and stream."""
+        sides: tuple[Side, Side] = ("client", "server")
         return [
-            f"the {side} end of memory connection {number}"
+            (number, side, stream)
             for number, pair in enumerate(self.connections, 1)
-            for side, stream in zip(("client", "server"), pair, strict=True)
+            for side, stream in zip(sides, pair, strict=True)
             if not stream.closed
         ]
 

@@ -1,0 +1,353 @@
+"""Group B: cancelled from outside."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import trio
+
+from tests.reference.kit import Journal, Outcome, Wire, quickest, reference
+from trio_dcore import HandlerCancelled, Server, Status, in_thread, rpc
+
+
+class Scoped:
+    """A server whose task, and nothing else, is in a cancel scope.
+
+    Attributes:
+        scope: the scope.
+        server: the server.
+        address: where it listens.
+        ended: set when the server is no more.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.scope = trio.CancelScope()
+        self.server = server
+        self.address = ""
+        self.ended = trio.Event()
+
+    async def serve(self, wire: Wire, task_status: trio.TaskStatus[None]) -> None:
+        """With ``serve()``."""
+
+        async def tell() -> None:
+            (self.address,) = await nursery.start(self.server.serve, wire.where)
+            task_status.started()
+
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tell)
+        self.ended.set()
+
+    async def block(self, wire: Wire, task_status: trio.TaskStatus[None]) -> None:
+        """With ``async with``."""
+        with self.scope:
+            async with self.server:
+                self.address = await self.server.listen(wire.where)
+                task_status.started()
+                await trio.sleep_forever()
+        self.ended.set()
+
+
+WAYS: list[Callable[[Scoped, Wire, Any], Any]] = [Scoped.serve, Scoped.block]
+
+
+@asynccontextmanager
+async def scoped(
+    way: Callable[[Scoped, Wire, Any], Any], wire: Wire, handlers: dict[str, Any], **options: Any
+) -> AsyncIterator[Scoped]:
+    this = Scoped(Server(handlers, **options))
+    async with trio.open_nursery() as nursery:
+
+        async def run(task_status: trio.TaskStatus[None]) -> None:
+            await way(this, wire, task_status)
+
+        await nursery.start(run)
+        yield this
+
+
+@asynccontextmanager
+async def calling(wire: Wire, address: str, journal: Journal, op: str = "work") -> AsyncIterator[Outcome]:
+    """A call in flight, in a task that is not cancelled with the server; it must have ended when the block is left."""
+    outcome = Outcome()
+    async with wire.client(address) as remote, trio.open_nursery() as nursery:
+        nursery.start_soon(outcome.of, remote[op])
+        await journal.started()
+        yield outcome
+        await outcome.ended()
+
+
+def cut(outcome: Outcome, reason: str = "server cancelled") -> bool:
+    return isinstance(outcome.error, HandlerCancelled) and outcome.error.reason == reason
+
+
+@reference("B01", "m i t u l")
+async def test_b01_cancelled_means_now(wire: Wire) -> None:
+    for way in WAYS:
+        journal = Journal()
+        async with (
+            scoped(way, wire, {"work": journal.handler(60, wire)}) as this,
+            calling(wire, this.address, journal) as outcome,
+        ):
+            with wire.now():
+                this.scope.cancel()
+                await this.ended.wait()
+        assert this.scope.cancelled_caught
+        assert this.server.status is Status.closed
+        assert cut(outcome)
+        assert journal.entries == ["started", "cancelled", "finally"]
+
+
+@reference("B02", "m i t u l")
+async def test_b02_drain_on_cancel_delivers_the_reply(wire: Wire) -> None:
+    for way in WAYS:
+        journal = Journal()
+        async with (
+            scoped(way, wire, {"work": journal.handler(0.3, wire)}, drain_on_cancel=5) as this,
+            calling(wire, this.address, journal) as outcome,
+        ):
+            with wire.lasts(0.3):
+                this.scope.cancel()
+                await this.ended.wait()
+        assert this.scope.cancelled_caught
+        assert outcome.value == "done"
+        assert journal.entries == ["started", "ended", "finally"]
+
+
+@reference("B02", "m i t u l")
+async def test_b02_a_stop_does_not_make_the_drain_longer(wire: Wire) -> None:
+    # Stopped with much grace, then cancelled: the drain that cancelling allows is all that is left.
+    for way in WAYS:
+        journal = Journal()
+        async with (
+            scoped(way, wire, {"work": journal.handler(60, wire)}, drain_on_cancel=0.1) as this,
+            calling(wire, this.address, journal) as outcome,
+        ):
+            this.server.stop(30)
+            with wire.takes(0.1):
+                this.scope.cancel()
+                await this.ended.wait()
+        assert cut(outcome)
+
+
+@reference("B03", "m i t u l")
+async def test_b03_drain_on_cancel_has_an_end(wire: Wire) -> None:
+    for way in WAYS:
+        journal = Journal()
+        async with (
+            scoped(way, wire, {"work": journal.handler(60, wire)}, drain_on_cancel=0.05) as this,
+            calling(wire, this.address, journal) as outcome,
+        ):
+            with wire.takes(0.05):
+                this.scope.cancel()
+                await this.ended.wait()
+        assert this.scope.cancelled_caught
+        assert cut(outcome)
+        assert journal.entries == ["started", "cancelled", "finally"]
+
+
+@reference("B04", "m i t u l")
+async def test_b04_the_caller_of_aclose_is_cancelled(wire: Wire) -> None:
+    async def close_and_cancel_that() -> float:
+        journal = Journal()
+        async with (
+            wire.server({"work": journal.handler(60, wire)}) as (server, address),
+            calling(wire, address, journal) as outcome,
+        ):
+            with trio.move_on_after(wire.seconds(1)) as scope, wire.lasts(1):
+                # The grace is being waited for, and is not over for long.
+                await server.aclose(grace=30)
+            start = trio.current_time()
+            assert scope.cancelled_caught
+            # Raised at once: closing is the serving task's business.
+            assert server.status is Status.closing
+            await server.finished()
+            took = trio.current_time() - start
+            assert server.status is Status.closed
+        assert cut(outcome, "grace over")
+        assert journal.entries == ["started", "cancelled", "finally"]
+        return took
+
+    assert await quickest(close_and_cancel_that, 0.05) < 0.05
+
+
+@reference("B05", "m i t u l")
+async def test_b05_a_sibling_fails(wire: Wire) -> None:
+    journal = Journal()
+    outcome = Outcome()
+    failure = ValueError("a sibling")
+
+    async def client(address: str) -> None:
+        async with calling(wire, address, journal) as call:
+            pass
+        outcome.error = call.error
+        done.set()
+
+    async def fail() -> None:
+        raise failure
+
+    done = trio.Event()
+    server = Server({"work": journal.handler(60, wire)})
+
+    async def serve_beside_failure() -> None:
+        async with trio.open_nursery() as nursery:
+            (address,) = await nursery.start(server.serve, wire.where)
+            outside.start_soon(client, address)
+            await journal.started()
+            nursery.start_soon(fail)
+
+    async with trio.open_nursery() as outside:
+        with pytest.raises(ExceptionGroup) as caught, wire.now():
+            await serve_beside_failure()
+        assert caught.value.exceptions == (failure,)
+        assert server.status is Status.closed
+        await done.wait()
+    assert cut(outcome)
+    assert journal.entries == ["started", "cancelled", "finally"]
+
+
+@reference("B05", "m i t u l")
+async def test_b05_the_block_of_the_server_fails(wire: Wire) -> None:
+    journal = Journal()
+    failure = ValueError("in the block")
+    outcome = Outcome()
+
+    async def in_block(server: Server) -> None:
+        async with server:
+            address = await server.listen(wire.where)
+            remote = wire.client(address)
+            nursery.start_soon(outcome.of, remote.work)
+            await journal.started()
+            remotes.append(remote)
+            raise failure
+
+    remotes: list[rpc] = []
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(ValueError, match="in the block") as caught, wire.now():
+            await in_block(Server({"work": journal.handler(60, wire)}))
+        # The very one, and no group of one.
+        assert caught.value is failure
+        await outcome.ended()
+        remotes[0].close_comms()
+    assert cut(outcome)
+    assert journal.entries == ["started", "cancelled", "finally"]
+
+
+@reference("B06", "m i t u l")
+async def test_b06_bounded_cleanup_is_waited_for(wire: Wire) -> None:
+    for needs, ends in ((0.1, "cleaned up"), (60, "left it")):
+        journal = Journal()
+        work = journal.handler(60, wire)
+
+        async def tidy(work: Any = work, journal: Journal = journal, needs: float = needs) -> None:
+            try:
+                await work()
+            finally:
+                with trio.move_on_after(0.2, shield=True) as shield:
+                    await trio.sleep(needs)
+                journal("left it" if shield.cancelled_caught else "cleaned up")
+
+        async with (
+            scoped(Scoped.serve, wire, {"work": tidy}) as this,
+            calling(wire, this.address, journal) as outcome,
+        ):
+            with wire.takes(min(needs, 0.2)):
+                this.scope.cancel()
+                await this.ended.wait()
+                assert journal.entries == ["started", "cancelled", "finally", ends]
+        assert cut(outcome)
+
+
+@reference("B07", "m", real=True, quiet=False)
+async def test_b07_what_does_not_end_is_named_every_second(wire: Wire) -> None:
+    journal = Journal()
+
+    async def stubborn() -> None:
+        with trio.CancelScope(shield=True):
+            await journal.handler(30, wire)()  # three seconds
+
+    async def busy_below() -> str:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stubborn)
+        return "done at last"
+
+    async with (
+        wire.server({"work": busy_below}, name="a server") as (server, address),
+        calling(wire, address, journal) as outcome,
+    ):
+        with wire.takes(3):
+            server.stop(0)
+            await server.finished()
+    # Waited for, never abandoned.  What is shielded to its end has not been cut, so its answer stands.
+    assert journal.entries == ["started", "ended", "finally"]
+    assert outcome.value == "done at last"
+    loud = wire.loud()
+    assert {record.levelno for record in loud} == {logging.WARNING}
+    texts = [record.getMessage() for record in loud]
+    for what in ("stubborn", "connection from memory://"):
+        about = [record.created for record, text in zip(loud, texts, strict=True) if what in text.partition("\n")[0]]
+        assert 2 <= len(about) <= 3
+        assert all(later - earlier >= 0.95 for earlier, later in pairwise(about))
+    # Whose it is, what it is, and the line where it waits, in the handler's own code.
+    assert all(text.startswith("a server waits for a task that does not end: ") for text in texts)
+    assert any("in busy_below" in text and __file__ in text for text in texts)
+    assert any("await journal.handler(30, wire)()" in text for text in texts)
+
+
+@reference("B08", "m i t u l")
+async def test_b08_a_handler_that_swallows_cancelled(wire: Wire) -> None:
+    journal = Journal()
+
+    async def swallow() -> str:
+        for _ in range(3):
+            try:
+                await journal.handler(20, wire)()
+            except wire.cancelled:
+                journal("swallowed")
+        return "a result of nothing"
+
+    async with wire.server({"work": swallow}) as (server, address), calling(wire, address, journal) as outcome:
+        # Cancellation is a state, not an event: the second and the third await meet it as well.
+        with wire.now():
+            server.stop(0)
+            await server.finished()
+    assert cut(outcome, "grace over")
+    assert journal.entries == ["started", "cancelled", "finally", "swallowed"] * 3
+
+
+@reference("B09", "m", real=True)
+async def test_b09_a_thread_is_waited_for(wire: Wire) -> None:
+    def block() -> str:
+        trio.from_thread.run_sync(journal, "started")
+        trio.from_thread.run_sync(started.set)
+        time.sleep(0.5)
+        return "done"
+
+    async def work() -> str:
+        try:
+            return await trio.to_thread.run_sync(block)
+        finally:
+            journal("finally")
+
+    for handler, entries in ((work, ["started", "finally"]), (in_thread(block), ["started"])):
+        journal = Journal()
+        started = trio.Event()
+        outcome = Outcome()
+        async with (
+            wire.server({"work": handler}) as (server, address),
+            wire.client(address) as remote,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(outcome.of, remote.work)
+            await started.wait()
+            with wire.takes(0.5):
+                server.stop(0)
+                await server.finished()
+            await outcome.ended()
+        assert journal.entries == entries
+        assert outcome.value == "done"  # nothing has cut it
