@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 
 from .._security import Security
 from ..abc import CommSettings
@@ -215,11 +216,22 @@ class ConnectionPool:
             slot, comm = waiter.slot, waiter.comm
             if comm is not None:
                 if not comm.stale():
+                    await self._still_wanted(comm)
                     return comm, False
                 anew = comm.take_goodbye(comm.last_id + 1) or anew
                 comm.abort()
                 slot = policy.replace(comm)  # None if the address was removed meanwhile, and the slot is somebody else's
-        return await self._connect(slot, once=anew), True
+        comm = await self._connect(slot, once=anew)
+        await self._still_wanted(comm)
+        return comm, True
+
+    async def _still_wanted(self, comm: BaseComm) -> None:
+        """Deliver a cancellation that came in the moment in which the call got its comm: nothing is sent, the comm is kept."""
+        try:
+            await checkpoint_if_cancelled()
+        except BaseException:
+            self.release(comm)
+            raise
 
     async def _connect(self, slot: Slot, *, once: bool) -> BaseComm:
         try:

@@ -113,7 +113,7 @@ class Pump(ABC):
 class SocketPump(Pump):
     """A pump on a bare, connected, non-blocking stream socket, which it owns."""
 
-    __slots__ = ("_poll", "_recv", "_send", "_size", "socket")
+    __slots__ = ("_ready", "_recv", "_send", "_size", "socket")
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
@@ -122,18 +122,25 @@ class SocketPump(Pump):
         self._recv = sock.recv
         self._send = sock.send
         self._size = _SMALL_READ
-        self._poll: select.poll | None = None
+        # Whether there is something to read, or an error or hang-up to be told of, costs a quarter of a recv that fails, most of which
+        # is its exception.
+        self._ready: Callable[[int], object] = self._peek
+        if hasattr(select, "poll"):  # not on Windows
+            poll = select.poll()
+            poll.register(sock, select.POLLIN)
+            self._ready = poll.poll
 
     async def pull(self, parser: FrameParser) -> list[Buffer] | None:
         # The path of a small message: one call that may wait, and one that parses.
         if parser.mid_message:
             return await super().pull(parser)
         while True:
+            if not self._ready(0):
+                self.unwaited = 0
+                await wait_readable(self.socket)
             try:
                 data = self._recv(self._size)
             except BlockingIOError:
-                self.unwaited = 0
-                await wait_readable(self.socket)
                 continue
             size = len(data)
             # A full buffer means that more is waiting: read more at once next time.
@@ -221,15 +228,9 @@ class SocketPump(Pump):
         _set_user_timeout(self.socket, seconds)
 
     def readable(self) -> bool:
-        if self._poll is None:
-            if not hasattr(select, "poll"):  # Windows
-                return self._peek()
-            self._poll = select.poll()
-            self._poll.register(self.socket, select.POLLIN)
-        # A quarter of what a failing recv costs, most of which is its exception.  Errors and hang-ups are reported, too.
-        return bool(self._poll.poll(0))
+        return bool(self._ready(0))
 
-    def _peek(self) -> bool:
+    def _peek(self, _timeout: int) -> bool:
         try:
             self._recv(1, socket.MSG_PEEK)
         except BlockingIOError:
