@@ -58,6 +58,11 @@ def _descriptors() -> set[tuple[str, str]]:
     return found
 
 
+async def _too_slow(patience: float) -> None:
+    await trio.sleep(patience)
+    raise trio.TooSlowError(f"the test has not ended within {patience} s")
+
+
 @pytest.fixture
 def serving() -> Serving:
     """A server and an rpc to it for one block: ``async with serving(handlers, where) as (server, remote)``.
@@ -78,11 +83,14 @@ def serving() -> Serving:
     ) -> AsyncIterator[tuple[Server, Any]]:
         before = _descriptors()
         assert _tasks_of_ours() == []
-        with trio.fail_after(patience):
+        # Not a cancel scope with a deadline: that would travel with every call.
+        async with trio.open_nursery() as watch:
+            watch.start_soon(_too_slow, patience)
             async with server_type(handlers, **options) as server:
                 address = await server.listen(where)
                 async with rpc(address, **client or {}) as remote:
                     yield server, remote
+            watch.cancel_scope.cancel()
         assert _tasks_of_ours() == []
         assert _descriptors() - before == set()
 

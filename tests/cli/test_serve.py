@@ -208,7 +208,7 @@ def test_a_second_signal_stops_it_now(module: str, capsys: pytest.CaptureFixture
         while "SIGTERM: stopping" not in (line := program.stderr.readline()):
             assert line, "it ended before it said that it is stopping"
         program.send_signal(signal.SIGINT)
-        assert program.wait(60) == 0
+        assert program.wait(60) == 130
         assert hanging.result(60) == 1
     out, err = capsys.readouterr()
     assert out == ""

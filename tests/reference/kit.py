@@ -8,6 +8,7 @@ instants are exact, ``t`` (tcp://) on the real clock with times scaled down and 
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -304,9 +305,17 @@ def run(body: Body, transport: str, log: pytest.LogCaptureFixture | None = None,
             async with no_leaks():
                 await body(Wire(transport, None, real=real, log=log))
 
+    _freeze()
     clock = trio.testing.MockClock(autojump_threshold=0) if transport in "mi" and not real else None
     with no_leaks(), _patience(transport):
         trio.run(main, clock=clock)
+
+
+@functools.cache
+def _freeze() -> None:
+    """Once: what has been imported stays, so the collections of no_leaks() need not look at it (which is most of their time)."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager

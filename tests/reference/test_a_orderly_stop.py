@@ -127,7 +127,7 @@ async def test_a04_idle_connections_are_closed_at_once(wire: Wire) -> None:
 @reference("A05", "m i t u l")
 async def test_a05_no_request_is_started_while_draining(wire: Wire) -> None:
     journal = Journal()
-    calls = []
+    calls: list[object] = []
     outcome = Outcome()
     handlers = {"work": journal.handler(1, wire), "late": calls.append, "add": add}
     async with wire.server(handlers) as (server, address), trio.open_nursery() as nursery:
@@ -333,7 +333,7 @@ async def test_a09_a_handler_stops_its_own_server(wire: Wire) -> None:
         return "stopped by its handler"
 
     async def close() -> str:
-        await current_request().server.close()  # type: ignore[attr-defined]  # Dask's name
+        await current_request().server.close()  # Dask's name
         return "stopped by its handler"
 
     async def stop_twice() -> str:

@@ -351,7 +351,7 @@ class Invariant(trio.abc.Instrument):
         self.most = max(self.most, self._pool.open)
 
 
-@reference("D07", "m i t u l")
+@reference("D07", "m i t u l", quiet=False)  # a handler that fails after its caller has gone is worth a warning
 async def test_d07_five_hundred_calls_cancelled_at_random(wire: Wire) -> None:
     chance = random.Random(4711)
     pause = 0.001 if wire.virtual else 0.0005

@@ -32,8 +32,8 @@ def run_serve(args: argparse.Namespace) -> int:
     server = load_server(args.target)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with explained():
-        trio.run(_serve, server, args.listen or [_DEFAULT_ADDRESS], args.grace)
-    return 0
+        cut_by = trio.run(_serve, server, args.listen or [_DEFAULT_ADDRESS], args.grace)
+    return 0 if cut_by is None else 128 + cut_by  # as shells say it
 
 
 def load_server(target: str) -> Server:
@@ -95,13 +95,16 @@ def _where(what: str, exc: Exception) -> str:
     return f"{what}: {type(exc).__name__}: {exc} ({place})"
 
 
-async def _serve(server: Server, where: Sequence[str], grace: float | None) -> None:
+async def _serve(server: Server, where: Sequence[str], grace: float | None) -> signal.Signals | None:
+    """Serve until a signal comes; returns the second one, if any, which has cut short what the first let run on."""
+    cut_by: signal.Signals | None = None
     # The receiver comes first: from here on no signal kills the process, and one that comes while we start is not lost.
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             listening = trio.Event()
 
             async def stop_on_signals() -> None:
+                nonlocal cut_by
                 in_order = True
                 async for number in signals:
                     name = signal.Signals(number).name
@@ -115,7 +118,8 @@ async def _serve(server: Server, where: Sequence[str], grace: float | None) -> N
                         )
                         server.stop(grace, reason=name)
                         in_order = False
-                    else:
+                    elif cut_by is None:
+                        cut_by = signal.Signals(number)
                         server.stop(0, reason=name)
 
             nursery.start_soon(stop_on_signals)
@@ -125,3 +129,4 @@ async def _serve(server: Server, where: Sequence[str], grace: float | None) -> N
             listening.set()
             await server.finished()
             nursery.cancel_scope.cancel()
+    return cut_by

@@ -66,7 +66,6 @@ class ConnectionPool:
         self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers, pooled=True)
         #: Families for the payloads of a call that names none: (its request, its answer); None for the comm's own.
         self.families = None, self.settings.deserializers or self.settings.serializers
-        self._idle_limit = self.settings.limits.idle
         self._policy = PoolPolicy(limit)
         self._idle_limit = self.settings.limits.idle
         self._closed = False

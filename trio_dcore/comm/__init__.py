@@ -21,7 +21,8 @@ from ._addressing import (
     unparse_host_port,
     uri_from_host_port,
 )
-from ._comm import BaseComm, FramedComm
+from ._base import BaseComm
+from ._comm import FramedComm
 from ._connect import check_encryption, connect, connect_with
 from ._hangup import HangupWatcher
 from ._inproc import InprocComm, InprocTransport

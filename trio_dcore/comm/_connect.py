@@ -13,7 +13,7 @@ from ..abc import Comm, CommSettings
 from ..errors import AddressError, CommClosedError, ConnectError, LimitExceeded, LocalProtocolError, RemoteProtocolError
 from ..protocol._limits import Limits
 from ._addressing import coerce_to_address, parse_address
-from ._comm import BaseComm
+from ._base import BaseComm
 from ._registry import get_transport
 
 __all__ = ["check_encryption", "connect", "connect_with"]

@@ -22,7 +22,7 @@ from ..protocol._envelope import GOODBYE
 from ..protocol._families import deserialize, unpickle_parts
 from ..protocol._handshake import FEATURES, Extension
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
-from ._comm import BaseComm, Unsent
+from ._base import BaseComm, Unsent
 
 __all__ = ["InprocComm", "InprocTransport"]
 

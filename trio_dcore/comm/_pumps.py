@@ -243,7 +243,10 @@ class SocketPump(Pump):
         sock = self.socket
         if sock.fileno() == -1:
             return
-        trio.lowlevel.notify_closing(sock)
+        try:
+            trio.lowlevel.notify_closing(sock)
+        except RuntimeError:
+            pass  # trio has ended: nobody waits for the socket, which is to be closed all the same
         try:
             # After a fork another process may hold the descriptor; close() alone would then leave the peer waiting.
             sock.shutdown(socket.SHUT_RDWR)

@@ -35,7 +35,7 @@ from ..protocol._envelope import (
     parse_credit,
     parse_envelope,
 )
-from ._comm import BaseComm
+from ._base import BaseComm
 
 __all__ = ["Substream", "SubstreamComm"]
 

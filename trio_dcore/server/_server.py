@@ -198,9 +198,9 @@ class BaseServer:
             await nursery.start(self._main)
         except BaseException as error:
             self._failed = True
-            error_or_none = await self._leave(error)
-            assert error_or_none is not None
-            raise error_or_none from None
+            failure = to_raise("the server failed to start", await self._leave(error))
+            assert failure is not None
+            raise failure from None
         self._nursery: trio.Nursery = nursery
         return self
 
@@ -209,13 +209,18 @@ class BaseServer:
     ) -> bool:
         """Stop: after a normal end of the block with the server's grace, after an exception at once.
 
-        Raises the block's exception alone unless the server has one of its own to add.
+        Raises the block's exception alone unless the server has one of its own to add.  A KeyboardInterrupt or SystemExit wins over
+        everything else, also over the group in which a nursery of the block hands it on.
         """
         if error is None:
             self.stop()
         else:
             self._nursery.cancel_scope.cancel(reason="the block of the server raised")
         result = await self._leave(error)
+        if result is error and isinstance(error, BaseExceptionGroup) and not isinstance(error, ExceptionGroup):
+            exits = to_raise("", error)
+            if not isinstance(exits, (Exception, trio.Cancelled)):
+                result = exits
         if result is None or result is error:
             return False
         raise result from None

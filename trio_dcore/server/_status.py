@@ -16,7 +16,7 @@ class Status(enum.Enum):
     A handler that has answered by itself returns :attr:`dont_reply`.
     """
 
-    undefined = None
+    undefined = "undefined"
     created = "created"
     init = "init"
     starting = "starting"

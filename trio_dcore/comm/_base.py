@@ -1,0 +1,190 @@
+"""What servers and clients use of every comm."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import trio
+from trio.lowlevel import checkpoint_if_cancelled
+
+from ..abc import Comm, CommSettings, Peer
+from ..errors import CommClosedError
+from ..protocol._context import Buffer
+from ..protocol._handshake import Extension
+
+__all__ = ["BaseComm", "Unsent"]
+
+#: What is left to do for a message: (its buffers, its size, how much of it has been sent).
+Unsent = tuple[list[Buffer], int, int]
+
+
+class BaseComm(Comm):
+    """What servers and clients use of every comm, beyond the public interface.
+
+    Attributes:
+        extension: what the peer's handshake said of the wire extension; None for a stock Dask peer.
+        settings: what the comm was made with.
+        last_id: of the last opted-in request that was made on the comm; ids grow.
+        bytes_written, messages_read, messages_written: counters.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_local_address",
+        "_peer",
+        "bytes_written",
+        "extension",
+        "last_id",
+        "messages_read",
+        "messages_written",
+        "settings",
+    )
+
+    extension: Extension | None
+    #: Whether messages are the sender's own objects, which must not be changed.
+    by_reference: ClassVar[bool] = False
+
+    def __init__(self, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
+        self._local_address = local_address
+        self._peer = peer
+        self.settings = settings
+        self.extension = None
+        self.last_id = 0
+        self.bytes_written = self.messages_read = self.messages_written = 0
+
+    @property
+    def local_address(self) -> str:
+        return self._local_address
+
+    @property
+    def peer_address(self) -> str:
+        return self._peer.address
+
+    @property
+    def peer(self) -> Peer:
+        return self._peer
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes received; 0 where objects are passed without bytes."""
+        return 0
+
+    @property
+    def last_message_size(self) -> int:
+        """Bytes of the message that was read last, as its sender counted them; 0 where there are none."""
+        return 0
+
+    def allows_pickle(self) -> bool:
+        """Whether a pickle may come from, or go to, the peer.  May do I/O the first time."""
+        return self.settings.security.allows_pickle(self._peer)
+
+    @abstractmethod
+    async def handshake(self) -> None:
+        """Exchange handshakes.  The caller bounds the time and closes the comm if this fails."""
+
+    @abstractmethod
+    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+        """Phase one of a read: (message with its payload markers in place, what :meth:`resolve` needs), None at a clean end.
+
+        The second item is None where there is nothing to resolve: then the first is the whole message.  Delivers cancellation
+        only where it waits; the caller sees to it otherwise.
+        """
+
+    @abstractmethod
+    def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
+        """:meth:`write` with ``on_error="raise"``, as far as it needs no wait; for servers and clients.
+
+        Returns None if the message is sent, which nearly every small one is then; else :meth:`finish` must be awaited with what is
+        returned.  Not a checkpoint.  A comm that was closed here raises trio.ClosedResourceError.
+        """
+
+    @abstractmethod
+    async def finish(self, unsent: Unsent) -> None:
+        """Send the rest of a message, or let other tasks run where that is due."""
+
+    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
+        """:meth:`start` and, where needed, :meth:`finish`; returns the size of the message in bytes.
+
+        Delivers cancellation only where it waits; the caller sees to it otherwise.
+        """
+        before = self.bytes_written
+        unsent = self.start(message, serializers)
+        if unsent is None:
+            return self.bytes_written - before
+        await self.finish(unsent)
+        return unsent[1]
+
+    @abstractmethod
+    def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
+        """Phase two: decode the whole message, payloads included; ``deserializers`` replaces the comm's own for this message."""
+
+    @abstractmethod
+    def write_nowait(self, message: Any) -> bool:
+        """Send a message if that needs no wait at all; False if it would: then nothing was sent.
+
+        Not a checkpoint.  Raises as :meth:`write` does.
+        """
+
+    @abstractmethod
+    def write_soon(self, message: Any) -> bool:
+        """Send a small message now, or else as soon as there is room for it; False if too much is waiting already.
+
+        It goes behind the message that is being written, if any, and before all later ones.  Not a checkpoint.  Raises as
+        :meth:`write` does.
+        """
+
+    @abstractmethod
+    def stale(self) -> bool:
+        """Whether an idle comm must not be used again: closed, ended, or with something to read that nobody asked for."""
+
+    @property
+    @abstractmethod
+    def reading(self) -> bool:
+        """Whether a task is reading the comm, so that it will find the end by itself."""
+
+    @abstractmethod
+    def take_goodbye(self, before: int) -> bool:
+        """Whether what is left to read is the server's goodbye, and names no request from ``before`` on as taken up.
+
+        What is left is read for that, without waiting: the comm is of no further use.
+        """
+
+    @abstractmethod
+    def socket_fileno(self) -> int | None:
+        """The descriptor whose hang-up means that the peer has gone, or None where there is none."""
+
+    @abstractmethod
+    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
+        """Have ``on_end`` called when the peer ends the comm, also while nobody reads; a task in ``nursery`` sees to it.
+
+        For comms without a :meth:`socket_fileno`.  Bytes that come meanwhile are kept for the next read.
+        """
+
+    @abstractmethod
+    def unwatch_end(self) -> None:
+        """Stop that."""
+
+    async def read(self) -> Any:
+        await checkpoint_if_cancelled()
+        try:
+            found = await self.next_head()
+        except trio.ClosedResourceError as error:
+            raise CommClosedError(str(error)) from error
+        if found is None:
+            raise CommClosedError(f"{self.peer_address} closed the comm")
+        head, frames = found
+        return head if frames is None else self.resolve(frames)
+
+    async def receive(self) -> Any:
+        await checkpoint_if_cancelled()
+        found = await self.next_head()
+        if found is None:
+            raise trio.EndOfChannel(f"{self.peer_address} closed the comm")
+        head, frames = found
+        return head if frames is None else self.resolve(frames)
+
+    def __repr__(self) -> str:
+        state = " closed" if self.closed() else ""
+        return f"<{type(self).__name__}{state} local={self._local_address} remote={self.peer_address}>"
