@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import trio
 import trio.testing
 
 from trio_dcore import Limits, Security, ToPickle, to_serialize
-from trio_dcore.comm import FramedComm
+from trio_dcore.comm import FramedComm, _comm
 from trio_dcore.errors import (
     CommClosedError,
     LimitExceeded,
@@ -25,6 +26,7 @@ from trio_dcore.errors import (
 )
 from trio_dcore.protocol import Serialized, dumps
 from trio_dcore.protocol import _frames as frames_module
+from trio_dcore.protocol._envelope import GOODBYE, WINDOW
 from trio_dcore.protocol._frames import pack_prelude, single_frame
 from trio_dcore.testing import memory_stream_pair
 
@@ -205,10 +207,13 @@ class TestClosing:
         expected = CommClosedError if operation == "write" else trio.ClosedResourceError
         async with new_pair(kind, limits=Limits(linger=0.05)) as pair:
 
+            async def write() -> None:
+                for _ in range(20):
+                    await getattr(pair.client, operation)(MUCH)
+
             async def writer() -> None:
                 with pytest.raises(expected, match="closed here"):
-                    for _ in range(20):
-                        await getattr(pair.client, operation)(MUCH)
+                    await write()
 
             with trio.fail_after(PATIENCE):
                 async with trio.open_nursery() as nursery:
@@ -277,20 +282,24 @@ class TestClosing:
             framed.streams[1].reset()
         else:
             pytest.skip("these streams know no reset")
-        with pytest.raises(CommClosedError, match="^reading from .* failed: ") as caught:
+        with pytest.raises(CommClosedError, match=r"^reading from .* failed: ") as caught:
             await framed.client.receive()
         assert isinstance(caught.value.__cause__, (OSError, trio.BrokenResourceError))
         # What went wrong is told to all who come later.
-        with pytest.raises(CommClosedError, match="^reading from .* failed: "):
+        with pytest.raises(CommClosedError, match=r"^reading from .* failed: "):
             await framed.client.send(1)
         assert framed.client.closed()
 
     async def test_writing_to_a_peer_that_has_gone(self, pair: Any) -> None:
         pair.server.abort()
-        with pytest.raises(CommClosedError, match=pair.client.peer_address), trio.fail_after(PATIENCE):
+
+        async def write() -> None:
             while True:  # the first may still be taken by the kernel
                 await pair.client.write(1)
                 await trio.testing.wait_all_tasks_blocked(0.01)
+
+        with pytest.raises(CommClosedError, match=pair.client.peer_address), trio.fail_after(PATIENCE):
+            await write()
         with pytest.raises(CommClosedError):
             await pair.client.send(1)
 
@@ -524,6 +533,7 @@ class TestCancellation:
             await pair.client.aclose()
         assert [n for n in found if n != "broken off"] == done
 
+
 class Steps(trio.abc.Instrument):
     """How often each task got its turn."""
 
@@ -614,7 +624,7 @@ class TestEncoding:
             await framed.client.write({"a": [1, (n for n in ())]})
         assert caught.value.path == "a[1]"
         with pytest.raises(SerializationError):
-            await framed.client.send((n for n in ()))
+            await framed.client.send(n for n in ())
         await framed.client.write("next")
         assert await framed.server.read() == "next"
 
@@ -635,7 +645,7 @@ class TestEncoding:
             assert await pair.client.read() == "next"
 
     async def test_what_an_unserialisable_payload_does(self, framed: Any) -> None:
-        payload = to_serialize((n for n in ()))
+        payload = to_serialize(n for n in ())
         with pytest.raises(SerializationError):
             await framed.client.write(payload, on_error="raise")
         for _ in range(2):
@@ -725,6 +735,21 @@ class TestBadInput:
                     assert len(await pair.client.read()) == 5000
                 else:
                     with pytest.raises(LimitExceeded, match=r"Limits\(message=...\)"):
+                        await pair.client.read()
+
+    async def test_a_payload_that_grows_too_large(self, new_pair: Any) -> None:
+        """What it is when decompressed counts, and that is refused before the memory is taken."""
+        limits = Limits(message=10_000, message_trusted=100_000)
+        for trusted, field, size in ((False, "message", 50_000), (True, "message_trusted", 500_000), (True, None, 50_000)):
+            async with new_pair("memory", trusted=trusted, limits=limits, deserialize=True) as pair:
+                header = {"serializer": "msgpack", "num-sub-frames": 1, "compression": ["zlib"]}
+                payload = zlib.compress(msgpack.packb(bytes(size)))
+                frames = [msgpack.packb({"__Serialized__": 1}), msgpack.packb(header), payload]
+                await pair.server._transmit(frames)
+                if field is None:
+                    assert await pair.client.read() == bytes(size)
+                else:
+                    with pytest.raises(LimitExceeded, match=str(getattr(limits, field))):
                         await pair.client.read()
 
     async def test_a_header_that_is_too_large(self, new_pair: Any) -> None:
@@ -833,7 +858,7 @@ class TestNowaitAndSoon:
 
     @pytest.mark.parametrize("kind", ["memory", "tcp"])
     async def test_when_nobody_writes_any_more(self, new_pair: Any, kind: str) -> None:
-        """The buffers are full of whole messages: what is owed gets out as soon as the peer reads, and nobody else has to help."""
+        """The buffers are full of whole messages: what is owed gets out when the peer reads, and nobody else has to help."""
         async with new_pair(kind) as pair:
             count = 0
             while pair.client.write_nowait(b"x" * 10_000):
@@ -865,7 +890,7 @@ class TestNowaitAndSoon:
             count = 0
             while pair.client.write_soon(b"x" * 1000):
                 count += 1
-            assert count == 15
+            assert count == 16
             with trio.fail_after(PATIENCE):
                 assert await pair.server.read() == MUCH
                 for _ in range(count):
@@ -916,7 +941,7 @@ class TestNowaitAndSoon:
         comm = over_stream(Broken())
         assert comm.write_soon("x")
         await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(CommClosedError, match="interrupted|what a stream must not raise"):
+        with pytest.raises(CommClosedError, match=r"interrupted|what a stream must not raise"):
             await comm.write("y")
 
     @pytest.mark.parametrize("call", ["write_nowait", "write_soon"])
@@ -931,7 +956,9 @@ class TestNowaitAndSoon:
 class TestNothingSent:
     """Whether a request may be made again on another comm."""
 
-    @pytest.mark.parametrize("message", ["small", [to_serialize(b"payload")], b"x" * 300_000], ids=["one frame", "several", "large"])
+    @pytest.mark.parametrize(
+        "message", ["small", [to_serialize(b"payload")], b"x" * 300_000], ids=["one frame", "several", "large"]
+    )
     async def test_a_peer_that_had_gone(self, new_pair: Any, message: Any) -> None:
         async with new_pair("tcp") as pair:
             pair.server._pump.socket.setsockopt(
@@ -996,6 +1023,189 @@ class TestStale:
         assert framed.client.stale()
         assert await framed.client.read() == "second"
         assert not framed.client.stale()
+
+
+class TestGoodbye:
+    """What a server that shuts down said last, on a comm that is of no further use."""
+
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    @pytest.mark.parametrize("before", [0, 3])
+    async def test_it_is_found_behind_what_nobody_read(self, new_pair: Any, kind: str, before: int) -> None:
+        async with new_pair(kind) as pair:
+            for _ in range(before):
+                await pair.server.write((WINDOW, 1, (5, 5)))
+            assert pair.server.write_nowait((GOODBYE, 4, None))
+            pair.server.abort()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert pair.client.take_goodbye(5)
+
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    async def test_one_that_names_the_request(self, new_pair: Any, kind: str) -> None:
+        """It was taken up: whether it took effect is unknown."""
+        async with new_pair(kind) as pair:
+            assert pair.server.write_nowait((GOODBYE, 5, None))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not pair.client.take_goodbye(5)
+
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc", "stream"])
+    @pytest.mark.parametrize("message", [None, (), (GOODBYE,), "text", {"op": "x"}, (GOODBYE, "x", None), ([1], [2], 3)])
+    async def test_what_is_none(self, new_pair: Any, kind: str, message: Any) -> None:
+        async with new_pair(kind) as pair:
+            assert not pair.client.take_goodbye(5)
+            await pair.server.write(message)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not pair.client.take_goodbye(5)
+
+    async def test_garbage(self, new_pair: Any) -> None:
+        async with new_pair("tcp") as pair:
+            await pair.server._pump.send([b"\xff" * 100], 0)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not pair.client.take_goodbye(5)
+
+    async def test_a_peer_that_goes_on_sending_does_not_keep_us(self, new_pair: Any) -> None:
+        async with new_pair("tcp") as pair:
+            for _ in range(100):
+                await pair.server.write((WINDOW, 1, (5, 5)))
+            assert pair.server.write_nowait((GOODBYE, 4, None))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not pair.client.take_goodbye(5)
+
+    async def test_not_while_somebody_reads_nor_on_a_closed_comm(self, framed: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            await until_blocked(framed.client.read, nursery)
+            assert not framed.client.take_goodbye(5)
+            nursery.cancel_scope.cancel()
+        framed.client.abort()
+        assert not framed.client.take_goodbye(5)
+
+
+class TestReading:
+    async def test_whether_somebody_reads(self, pair: Any) -> None:
+        assert not pair.client.reading
+        async with trio.open_nursery() as nursery:
+            await until_blocked(pair.client.read, nursery)
+            assert pair.client.reading
+            nursery.cancel_scope.cancel()
+        assert not pair.client.reading
+
+    async def test_the_watch_is_no_reader(self, framed: Any) -> None:
+        async with trio.open_nursery() as nursery:
+            framed.client.watch_end(nursery, lambda: None)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not framed.client.reading
+            await until_blocked(framed.client.read, nursery)
+            assert framed.client.reading
+            nursery.cancel_scope.cancel()
+
+
+class Stubborn(trio.abc.Stream):
+    """A stream whose every operation does what a test says."""
+
+    def __init__(self, **steps: Callable[[], Any]) -> None:
+        self.steps = steps
+        self.closes = 0
+
+    async def _do(self, name: str) -> Any:
+        await trio.lowlevel.checkpoint()
+        if name in self.steps:
+            return await self.steps[name]()
+        return await trio.sleep_forever()
+
+    async def send_all(self, data: Any) -> None:
+        await self._do("send_all")
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        found: bytes = await self._do("receive_some")
+        return found
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._do("wait")
+
+    async def aclose(self) -> None:
+        self.closes += 1
+        await self._do("aclose")
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    async def step() -> None:
+        raise error
+
+    return step
+
+
+class TestOddStreams:
+    async def test_a_close_that_fails_has_closed(self, over_stream: Any) -> None:
+        for error in (trio.BrokenResourceError("gone"), trio.ClosedResourceError(), OSError("no")):
+            comm = over_stream(Stubborn(aclose=raising(error)))
+            await comm.aclose()
+            assert comm.closed()
+
+    async def test_a_close_that_takes_for_ever(self, over_stream: Any, autojump_clock: Any) -> None:
+        """TLS tells the peer, and the peer may not be reading."""
+        stream = Stubborn()
+        comm = over_stream(stream, limits=Limits(linger=7))
+        begun = trio.current_time()
+        await comm.aclose()
+        assert trio.current_time() - begun == pytest.approx(7)
+        assert stream.closes == 1
+
+    @pytest.mark.parametrize("operation", ["read", "write"])
+    async def test_a_stream_that_was_closed_behind_our_back(self, over_stream: Any, operation: str) -> None:
+        stream = Stubborn(send_all=raising(trio.ClosedResourceError()), receive_some=raising(trio.ClosedResourceError()))
+        comm = over_stream(stream)
+        with pytest.raises(CommClosedError, match="closed here"):
+            await (comm.read() if operation == "read" else comm.write("x"))
+        assert comm.closed()
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def test_errors_that_are_none_of_a_streams(self, over_stream: Any) -> None:
+        """A bug, somewhere: it is raised as it is, and the comm is closed if it may be in the middle of a message."""
+        stream = Stubborn(send_all=raising(ValueError("bug")), receive_some=raising(ValueError("bug")))
+        comm = over_stream(stream)
+        with pytest.raises(ValueError, match="bug"):
+            await comm.read()
+        assert not comm.closed()
+        with pytest.raises(ValueError, match="bug"):
+            await comm.write("x")
+        assert comm.closed()
+        await trio.testing.wait_all_tasks_blocked()
+
+    async def test_an_interrupt_loses_no_message_unseen(self, new_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """KeyboardInterrupt may come where other tasks run between a message's arrival and its return."""
+
+        async def interrupt() -> None:
+            await trio.lowlevel.checkpoint()
+            raise KeyboardInterrupt
+
+        async with new_pair("memory") as pair:
+            await pair.server.write("lost")
+            monkeypatch.setattr(_comm, "cancel_shielded_checkpoint", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                await _read_without_waiting(pair.client)
+            assert pair.client.closed()
+
+    async def test_what_is_owed_outlives_a_writer_that_gave_up(self, new_pair: Any) -> None:
+        """One that is cancelled before a byte of what is owed, or of its own, has gone."""
+        async with new_pair("tcp") as pair:
+            while pair.client.write_nowait(b"x" * 50_000):
+                pass
+            assert pair.client.write_soon("owed")
+            with trio.move_on_after(0.05) as scope:
+                await pair.client.write("given up")
+            assert scope.cancelled_caught
+            assert not pair.client.closed()
+            with trio.fail_after(PATIENCE):
+                while (message := await pair.server.read()) != "owed":
+                    assert len(message) == 50_000
+                await pair.client.write("next")
+                assert await pair.server.read() == "next"
+
+
+async def _read_without_waiting(comm: Any) -> None:
+    """Have the bytes in the parser first, so that the read itself needs no wait."""
+    await comm._pump.fill(comm._parser)
+    comm._pump.unwaited = 10**6
+    await comm.read()
 
 
 class TestMemory:

@@ -204,7 +204,9 @@ class TestErrors:
                 await connect("scripted://x")
         assert len(scripted.begun) == 3
 
-    @pytest.mark.parametrize("address", ["", ":8786", "tcp://:8786", "127.0.0.1", "tcp://::1:5", "nowhere://x", "tls://127.0.0.1:1"])
+    @pytest.mark.parametrize(
+        "address", ["", ":8786", "tcp://:8786", "127.0.0.1", "tcp://::1:5", "nowhere://x", "tls://127.0.0.1:1"]
+    )
     async def test_what_is_no_address(self, address: str) -> None:
         with pytest.raises(AddressError):
             await connect(address)

@@ -265,7 +265,7 @@ class TestComms:
     async def test_writers_learn_of_the_end(self, listener: Any) -> None:
         for end in (0, 1):
             pair = await comms(listener)
-            client, server = pair
+            client = pair[0]
             for n in range(16):
                 client.write_nowait(n)
             expected = trio.ClosedResourceError if end == 0 else CommClosedError

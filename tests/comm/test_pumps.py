@@ -15,7 +15,7 @@ import trio.testing
 
 from trio_dcore.comm import SocketPump, StreamPump, _pumps
 from trio_dcore.protocol._frames import FrameParser, pack_prelude
-from trio_dcore.protocol._limits import KiB, Limits, MiB
+from trio_dcore.protocol._limits import Limits, MiB
 from trio_dcore.testing import memory_stream_pair
 
 PATIENCE = 10.0
@@ -174,8 +174,23 @@ class TestSocketReading:
         other.close()
         assert not pump.fill_nowait(parser)
 
-    async def test_readable(self, sockets: tuple[SocketPump, socket.socket]) -> None:
+    async def test_a_false_alarm(self, sockets: tuple[SocketPump, socket.socket]) -> None:
+        """Whatever says that there is something to read may be wrong; nobody else is kept from running by that."""
         pump, other = sockets
+        pump._ready = lambda timeout: [("fd", "event")]
+        parser = FrameParser()
+        with trio.move_on_after(0.02) as scope:
+            await pump.pull(parser)
+        assert scope.cancelled_caught
+        other.send(message(b"x"))
+        assert await pump.pull(parser) == [b"x"]
+
+    @pytest.mark.parametrize("poll", [True, False])
+    async def test_readable(self, poll: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not poll:  # as on Windows
+            monkeypatch.delattr(_pumps.select, "poll", raising=False)
+        ours, other = socket.socketpair()
+        pump = SocketPump(ours)
         assert not pump.readable()
         other.send(b"x")
         assert pump.readable()
@@ -183,8 +198,29 @@ class TestSocketReading:
         assert pump.socket.recv(5) == b"x"
         other.close()
         assert pump.readable()
+        parser = FrameParser()
+        assert await pump.pull(parser) is None
         pump.abort()
-        assert pump.readable()  # not fit for use, whatever it is
+        if not poll:
+            assert pump.readable()  # not fit for use, whatever it is
+
+    async def test_systems_without_poll(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(_pumps.select, "poll", raising=False)
+        ours, other = socket.socketpair()
+        pump = SocketPump(ours)
+        parser = FrameParser()
+        async with trio.open_nursery() as nursery:
+
+            async def late() -> None:
+                await trio.testing.wait_all_tasks_blocked()
+                other.send(message(b"late"))
+
+            nursery.start_soon(late)
+            assert await pump.pull(parser) == [b"late"]
+        other.send(message(b"x"))
+        assert await pump.pull(parser) == [b"x"]
+        pump.abort()
+        other.close()
 
 
 class TestSocketWriting:
@@ -195,7 +231,7 @@ class TestSocketWriting:
             pass
         assert pump.try_send(b"y") == 0
         other.close()
-        with pytest.raises(OSError, match="Broken pipe|reset") as caught:
+        with pytest.raises(OSError, match=r"Broken pipe|reset") as caught:
             pump.try_send(b"y")
         assert caught.value.errno in (errno.EPIPE, errno.ECONNRESET)
 
@@ -300,6 +336,14 @@ class TestSocketClosing:
             scope.cancel()
             await pump.aclose()
         assert pump.fileno() == -1
+
+    def test_after_the_run(self) -> None:
+        """Nobody waits for the socket then, and it is to be closed all the same."""
+        ours, theirs = socket.socketpair()
+        SocketPump(ours).abort()
+        assert ours.fileno() == -1
+        assert theirs.recv(1) == b""
+        theirs.close()
 
     async def test_a_peer_that_never_stops_sending_does_not_keep_us(self) -> None:
         ours, theirs = socket.socketpair()
@@ -524,5 +568,5 @@ async def _tcp_pair() -> tuple[trio.socket.SocketType, trio.socket.SocketType]:
 
 def test_the_weight_of_a_message() -> None:
     """16 small messages or 64 KiB (architecture document, section 3.2)."""
-    assert _pumps.YIELD_BYTES == 64 * KiB
+    assert _pumps.YIELD_BYTES == 2**16
     assert _pumps.MESSAGE_WEIGHT * 16 == _pumps.YIELD_BYTES

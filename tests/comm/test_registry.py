@@ -174,8 +174,8 @@ def test_a_scheme_has_one_transport(over_stream: Any) -> None:
     assert get_transport("pigeon") is first
     register_transport(second, replace=True)
     assert get_transport("pigeon") is second
+    second.scheme = "tcp"
     with pytest.raises(LocalProtocolError, match="'tcp' is taken"):
-        second.scheme = "tcp"
         register_transport(second)
 
 

@@ -174,7 +174,7 @@ async def test_a_reset_is_told_and_remembered(watched: Any) -> None:
         pytest.skip("these streams know no reset")
     await settle(0.02)
     assert told.count == 1
-    with pytest.raises(CommClosedError, match="^reading from .* failed: "):
+    with pytest.raises(CommClosedError, match=r"^reading from .* failed: "):
         await pair.server.read()
 
 

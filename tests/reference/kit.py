@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import pytest
 import trio
@@ -163,6 +163,7 @@ class Relay:
         address: where clients are to connect to.
         passed: bytes that went from clients to the server, and from the server to clients, for each connection made.
         limits: how many bytes each further connection passes in these two directions; beyond that it takes none.
+        wrap: applied to its two ends of each further connection, with what sends through it: "client" or "server".
     """
 
     def __init__(self, wire: Wire, target: str) -> None:
@@ -172,6 +173,7 @@ class Relay:
         self._managers = AsyncExitStack()
         self.passed: list[list[int]] = []
         self.limits = (math.inf, math.inf)
+        self.wrap: Callable[[trio.abc.Stream, Literal["client", "server"]], trio.abc.Stream] = lambda stream, _: stream
         self.address = ""
 
     def stall(self) -> None:
@@ -205,6 +207,8 @@ class Relay:
         counts = [0, 0]
         self.passed.append(counts)
         there, back = self.limits
+        # What the client sends goes out at the server's end.
+        server, client = self.wrap(server, "client"), self.wrap(client, "server")
         async with client, server, trio.open_nursery() as nursery:
             nursery.start_soon(self._pass_on, client, server, counts, 0, there, nursery)
             nursery.start_soon(self._pass_on, server, client, counts, 1, back, nursery)

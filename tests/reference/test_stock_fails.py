@@ -1,7 +1,7 @@
-"""A reference test proves something only if it can fail: where stock Dask fails today, the same test is run against a stock Server.
+"""A reference test shows something only if it can fail: where stock Dask fails today, the same test meets a stock Server.
 
-The bodies are those of groups A, B and C.  Their handlers run in the stock server's asyncio loop, in a thread of its own; client and
-assertions are the same.  Where the test itself would end the loop, a program of its own shows what stock Dask does instead.
+The bodies are those of groups A, B and C.  Their handlers run in the stock server's asyncio loop, in a thread of its own; client
+and assertions are the same.  Where the test itself would end the loop, a program shows what stock Dask does instead.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_b08_swallowing_delays_the_close(tmp_path: Path) -> None:
 
 
 def test_c01_handlers_errors_are_no_failure_there_either(tmp_path: Path) -> None:
-    # The other way round: with a stock server a test passes as far as Dask has the property, so it is no accident if another fails.
+    # The other way round: a test passes there as far as Dask has the property, so it is no accident if another one fails.
     (failure,) = failures(test_c_handler_errors.test_c01_a_handler_raises.body, tmp_path)
     assert isinstance(failure, AttributeError)
     assert "statistics" in str(failure)  # which only our servers have, and which are looked at last

@@ -9,7 +9,8 @@
     trio-dcore demo
 
 Exit codes: 0 done; 1 the call failed there, or the connection failed; 2 wrong usage; 124 timed out; 130 interrupted, and 143
-terminated: a server by the second signal, since the first stops it in order.  Errors are one line on stderr.  :mod:`._output` documents how values are read and printed.
+terminated: a server by the second signal, since the first stops it in order.  Errors are one line on stderr.  :mod:`._output`
+documents how values are read and printed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trio-dcore",
         description="Serve and call handlers over Dask's wire protocol.",
-        epilog="Exit codes: 0 done, 1 the call or the connection failed, 2 wrong usage, 124 timed out, 130 interrupted, 143 terminated.",
+        epilog="Exit codes: 0 done, 1 the call or the connection failed, 2 wrong usage, 124 timed out, 130 interrupted, "
+        "143 terminated.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 

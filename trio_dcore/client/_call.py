@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import trio
-from trio.lowlevel import checkpoint_if_cancelled
+from trio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from ..abc import Comm, family_names
 from ..comm import BaseComm
 from ..errors import (
     CommClosedError,
+    HandlerCancelled,
     LocalProtocolError,
     RemoteProtocolError,
     RPCClosed,
@@ -91,6 +92,9 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
             raise
         if isinstance(answer, _Failure):
             _give_back(pool, comm, close or answer.last)
+            if type(answer.error) is HandlerCancelled and answer.error.reason == "deadline":
+                # Mostly ours, which the other side has noticed first: then our own scope is to have it.
+                await checkpoint()
             raise answer.error
         _give_back(pool, comm, close)
         return answer

@@ -109,15 +109,16 @@ class ConnectionPool:
         """
         address = coerce_to_address(address)
         policy = self._policy
+        # Those of now: a call that waits, and gets the slot of one that ends here, connects anew.
+        connecting = [slot for slot in policy.connecting if slot.address == address]
         self._abort_idle(list(policy.idle.get(address, ())))
         for comm, (used_for, _) in list(policy.busy.items()):
             if used_for == address:
                 policy.discard(comm)
                 comm.abort()
-        for slot in list(policy.connecting):
-            if slot.address == address:
-                self._removed[slot] = reason
-                slot.scope.cancel(reason=reason)
+        for slot in connecting:
+            self._removed[slot] = reason
+            slot.scope.cancel(reason=reason)
 
     def close_now(self) -> None:
         """Close every comm.  Calls that wait, connect or are in flight get RPCClosed.  Not a checkpoint; nothing is left to await."""

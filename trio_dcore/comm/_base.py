@@ -96,8 +96,8 @@ class BaseComm(Comm):
     def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
         """:meth:`write` with ``on_error="raise"``, as far as it needs no wait; for servers and clients.
 
-        Returns None if the message is sent, which nearly every small one is then; else :meth:`finish` must be awaited with what is
-        returned.  Not a checkpoint.  A comm that was closed here raises trio.ClosedResourceError.
+        Returns None if the message is sent, which nearly every small one is then; else :meth:`finish` must be awaited with what
+        is returned.  Not a checkpoint.  A comm that was closed here raises trio.ClosedResourceError.
         """
 
     @abstractmethod

@@ -380,7 +380,8 @@ class FramedComm(BaseComm):
             except OSError as error:
                 raise self._write_failed(error, nothing_sent=True) from error
         if sent < len(data):
-            if not sent and sum(map(len, self._owed)) + len(data) > most_owed:
+            # The first may be the rest of a large message, which is no reason to refuse a small one.
+            if not sent and sum(map(len, self._owed[1:])) + len(data) > most_owed:
                 return False
             self._owed.append(data[sent:])
             if not sending:
@@ -405,8 +406,8 @@ class FramedComm(BaseComm):
             self._doom(f"writing to {self.peer_address} failed: {error}")
 
     def _write_failed(self, error: BaseException, *, nothing_sent: bool) -> Exception:
-        # The peer has gone, and maybe not without a last word: the answer, or the end of a stream, that it wrote before it closed.
-        # So the reading side stays, until that has been read or the comm is closed.
+        # The peer has gone, and maybe not without a last word: the answer, or the end of a stream, that it wrote before it
+        # closed.  So the reading side stays, until that has been read or the comm is closed.
         self._broken = self._broken or f"writing to {self.peer_address} failed: {error}"
         self._sending = True
         self._owed.clear()

@@ -131,8 +131,6 @@ class InprocComm(BaseComm):
                 await self._wake_reader.park()
         finally:
             self._reading = False
-        if self._closed:
-            raise trio.ClosedResourceError("this comm was closed here")
         message = self._inbox.popleft()
         self._other._wake_writer.unpark()
         self.messages_read += 1
@@ -290,7 +288,13 @@ class InprocComm(BaseComm):
         return self._reading
 
     def take_goodbye(self, before: int) -> bool:
-        return any(type(message) is tuple and message[0] == GOODBYE and message[1] < before for message in self._inbox)
+        for message in self._inbox:
+            if type(message) is not tuple or len(message) != 3:
+                continue
+            kind, identity, _ = message
+            if type(kind) is type(identity) is int and kind == GOODBYE:
+                return identity < before
+        return False
 
     def socket_fileno(self) -> int | None:
         return None

@@ -122,8 +122,8 @@ class SocketPump(Pump):
         self._recv = sock.recv
         self._send = sock.send
         self._size = _SMALL_READ
-        # Whether there is something to read, or an error or hang-up to be told of, costs a quarter of a recv that fails, most of which
-        # is its exception.
+        # Whether there is something to read, or an error or hang-up to be told of, costs a quarter of a recv that fails, most of
+        # which is its exception.
         self._ready: Callable[[int], object] = self._peek
         if hasattr(select, "poll"):  # not on Windows
             poll = select.poll()
@@ -134,13 +134,15 @@ class SocketPump(Pump):
         # The path of a small message: one call that may wait, and one that parses.
         if parser.mid_message:
             return await super().pull(parser)
+        ready = self._ready(0)
         while True:
-            if not self._ready(0):
+            if not ready:
                 self.unwaited = 0
                 await wait_readable(self.socket)
             try:
                 data = self._recv(self._size)
             except BlockingIOError:
+                ready = False  # a false alarm; to ask again at once could go on for ever
                 continue
             size = len(data)
             # A full buffer means that more is waiting: read more at once next time.

@@ -1,0 +1,463 @@
+"""Group N: everything, cancelled at every step, and cut after every byte."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from tests.reference.kit import Wire, covers, reference, run
+from tests.reference.test_d_calls_and_pool import counts_are_whole
+from trio_dcore import (
+    CommClosedError,
+    ConnectError,
+    ConnectionPool,
+    HandlerCancelled,
+    RPCClosed,
+    Server,
+    ServerClosing,
+    connect,
+    rpc,
+    run_to_end,
+    send_recv,
+)
+from trio_dcore.testing import FaultStream, MemoryNetwork, cancel_sweep, wire_sweep
+
+blocked = trio.testing.wait_all_tasks_blocked
+
+
+class Subject:
+    """Handlers that count who is inside, so that one that was left behind, or cut without its finally, is seen."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.notified = 0
+        self.handlers = {
+            "work": self.work,
+            "log": run_to_end(self.log),
+            "squares": self.squares,
+            "sums": self.sums,
+        }
+
+    @asynccontextmanager
+    async def entered(self) -> AsyncIterator[None]:
+        self.inside += 1
+        try:
+            await trio.lowlevel.checkpoint()
+            yield
+        finally:
+            self.inside -= 1
+
+    async def work(self, x: int) -> int:
+        """Wait a little."""
+        async with self.entered():
+            return 2 * x
+
+    async def log(self, line: str) -> None:
+        """Want no answer."""
+        async with self.entered():
+            self.notified += 1
+
+    async def squares(self, n: int) -> AsyncIterator[int]:
+        """Give many answers."""
+        async with self.entered():
+            for i in range(n):
+                yield i * i
+
+    async def sums(self, comm: Any) -> None:
+        """Take many, too."""
+        async with self.entered():
+            total = 0
+            async for x in comm:
+                total += x
+                await comm.write(total)
+
+    async def is_whole(self, server: Server, address: str) -> None:
+        """Nobody is inside, no connection is left, and the server serves, new clients and old."""
+        await blocked()
+        assert self.inside == 0
+        assert server.statistics().in_flight == 0
+        async with rpc(address) as remote:
+            assert await remote.work(x=21) == 42
+            assert await remote.work(x=4) == 8
+        await blocked()
+
+
+# What clients do, with a remote that has whatever pool the test gives it.
+
+
+async def a_call(remote: Any) -> None:
+    assert await remote.work(x=1) == 2
+
+
+async def two_calls(remote: Any) -> None:
+    assert await remote.work(x=1) == 2
+    assert await remote.work(x=3) == 6
+
+
+async def a_notify(remote: Any) -> None:
+    await remote.log.notify(line="x")
+
+
+async def a_stream(remote: Any) -> None:
+    async with remote.squares.stream(n=20) as stream:  # more than the window
+        assert [item async for item in stream] == [i * i for i in range(20)]
+
+
+async def half_a_stream(remote: Any) -> None:
+    async with remote.squares.stream(n=20) as stream:
+        async for item in stream:
+            if item > 8:
+                break
+
+
+async def both_ways(remote: Any) -> None:
+    async with remote.sums.stream() as stream:
+        for i in range(3):
+            await stream.send(i)
+            assert await stream.receive() == i * (i + 1) // 2
+        await stream.send_eof()
+        assert [item async for item in stream] == []
+
+
+USES = [a_call, two_calls, a_notify, a_stream, half_a_stream, both_ways]
+Use = Callable[[Any], Awaitable[None]]
+
+
+def each_use(row: str, over: str) -> Callable[[Callable[[Wire, Use], Awaitable[None]]], Callable[..., None]]:
+    """A test of a row for each thing that clients do, over each transport."""
+
+    def decorate(body: Callable[[Wire, Use], Awaitable[None]]) -> Callable[..., None]:
+        @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+        @pytest.mark.parametrize("transport", over.split())
+        @covers(row, over)
+        def test(transport: str, use: Use) -> None:
+            run(lambda wire: body(wire, use), transport)
+
+        return test
+
+    return decorate
+
+
+# -- N01: clients ----------------------------------------------------------------------------------------------------------------
+
+
+@each_use("N01", "m i t")
+async def test_n01_a_client_from_nothing(wire: Wire, use: Use) -> None:
+    """Connection, handshake, request, answer and end, cancelled at each step of either side."""
+    subject = Subject()
+    async with wire.server(subject.handlers) as (server, address):
+
+        async def scenario() -> None:
+            async with rpc(address) as remote:
+                await use(remote)
+
+        async def check() -> None:
+            await subject.is_whole(server, address)
+            assert server.statistics().connections == 0
+
+        assert await cancel_sweep(scenario, check=check) > 10
+
+
+@each_use("N01", "m i t")
+async def test_n01_a_client_with_a_pool(wire: Wire, use: Use) -> None:
+    """The same with comms that are there already; the pool's counts are whole after each run."""
+    subject = Subject()
+    async with wire.server(subject.handlers) as (server, address), ConnectionPool(limit=2) as pool:
+
+        async def scenario() -> None:
+            await use(pool(address))
+
+        async def check() -> None:
+            counts_are_whole(pool)
+            await subject.is_whole(server, address)
+            assert await pool(address).work(x=5) == 10
+            counts_are_whole(pool, open=1)
+            await blocked()
+            assert server.statistics().connections == 1
+
+        await check()
+        assert await cancel_sweep(scenario, check=check) >= 3
+
+
+@reference("N01", "m i t u l")
+async def test_n01_a_bare_comm(wire: Wire) -> None:
+    subject = Subject()
+    async with wire.server(subject.handlers) as (server, address):
+
+        async def scenario() -> None:
+            async with await connect(address) as comm:
+                assert await send_recv(comm, op="work", x=1) == 2
+                await comm.send({"op": "work", "x": 2, "reply": True})
+                assert await comm.receive() == 4
+
+        async def check() -> None:
+            await subject.is_whole(server, address)
+            assert server.statistics().connections == 0
+
+        assert await cancel_sweep(scenario, check=check) > 10
+
+
+@reference("N01", "m i t u l")
+async def test_n01_a_call_through_another_server(wire: Wire) -> None:
+    """A handler that calls on: its pool is whole, too."""
+    subject = Subject()
+    async with wire.server(subject.handlers) as (server, address), wire.server() as (front, at_front):
+
+        async def on(x: int) -> int:
+            result: int = await front.rpc(address).work(x=x)
+            return result
+
+        front.handlers["on"] = on
+
+        async def scenario() -> None:
+            async with rpc(at_front) as remote:
+                assert await remote.on(x=3) == 6
+
+        async def check() -> None:
+            await subject.is_whole(server, address)
+            counts_are_whole(front.rpc)
+            front.rpc.collect()
+            await blocked()
+            assert (front.statistics().connections, front.statistics().in_flight) == (0, 0)
+
+        assert await cancel_sweep(scenario, check=check) > 10
+
+
+# -- N02: servers and pools ------------------------------------------------------------------------------------------------------
+
+
+class Making:
+    """Servers that a sweep makes; what must hold of each when its run is over."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self.subject = Subject()
+        self.made: list[Server] = []
+
+    def server(self, **options: Any) -> Server:
+        self.made.append(Server(self.subject.handlers, **options))
+        return self.made[-1]
+
+    async def check(self) -> None:
+        """It is closed, whoever closed it, and leaves nothing: no handler, no connection, no port."""
+        while self.made:
+            server = self.made.pop()
+            if server.status.name == "init":
+                continue  # cancelled before it began
+            with self._wire.lasts(0):
+                await server.finished()
+            assert server.status.name in ("closed", "failed")
+            assert server.statistics().connections == 0
+            assert server.statistics().in_flight == 0
+            for address in server.addresses:
+                assert await self._wire.refuses(address)
+        assert self.subject.inside == 0
+
+
+@reference("N02", "m i t u l")
+async def test_n02_starting(wire: Wire) -> None:
+    making = Making(wire)
+
+    async def block() -> None:
+        async with making.server() as server:
+            await server.listen(wire.where)
+            await server.listen(wire.where)
+
+    async def serve() -> None:
+        async with trio.open_nursery() as nursery:
+            server = making.server()
+            await nursery.start(server.serve, wire.where, wire.where)
+            server.stop()
+
+    for scenario in (block, serve):
+        assert await cancel_sweep(scenario, check=making.check) > 5
+
+
+def endings(wire: Wire) -> dict[str, Callable[[Server], Awaitable[object]]]:
+    """Ways to end a server that has work in flight."""
+
+    async def stop(server: Server) -> None:
+        server.stop(wire.seconds(1))
+        await server.finished()
+
+    async def stop_and_shorten(server: Server) -> None:
+        server.stop()
+        await trio.lowlevel.checkpoint()
+        server.stop(0)
+        await server.finished()
+
+    return {
+        "stop": stop,
+        "stop now": lambda server: stop_and_shorten(server),
+        "aclose": lambda server: server.aclose(wire.seconds(1)),
+        "aclose now": lambda server: server.aclose(0),
+    }
+
+
+@reference("N02", "m i t u l")
+@pytest.mark.filterwarnings("default")
+async def test_n02_stopping(wire: Wire) -> None:
+    """With an idle client, one whose handler ends soon, and a stream that does not end by itself."""
+    making = Making(wire)
+
+    for end in endings(wire).values():
+
+        async def scenario(end: Callable[[Server], Awaitable[object]] = end) -> None:
+            async with making.server(grace=wire.seconds(1)) as server:
+                address = await server.listen(wire.where)
+                async with ConnectionPool() as pool, trio.open_nursery() as nursery:
+                    await pool(address).work(x=1)
+                    nursery.start_soon(ignoring_the_end, pool(address).work, 2)
+                    nursery.start_soon(endless, pool(address))
+                    await trio.lowlevel.checkpoint()
+                    await end(server)
+                    nursery.cancel_scope.cancel()
+
+        assert await cancel_sweep(scenario, check=making.check) > 10
+
+
+async def ignoring_the_end(call: Callable[..., Awaitable[int]], x: int) -> None:
+    try:
+        assert await call(x=x) == 2 * x
+    except (HandlerCancelled, ServerClosing, CommClosedError, ConnectError, RPCClosed):
+        pass
+
+
+async def endless(remote: Any) -> None:
+    try:
+        async with remote.squares.stream(n=10**9) as stream:
+            async for item in stream:
+                if item > 100:
+                    await trio.sleep_forever()
+    except (HandlerCancelled, ServerClosing, CommClosedError, ConnectError, RPCClosed):
+        pass
+
+
+@reference("N02", "m i t u l")
+async def test_n02_waiting_for_a_slot(wire: Wire) -> None:
+    """A full pool: the holder's end hands its comm on, or its slot, in the middle of the sweep."""
+    subject = Subject()
+    async with wire.server(subject.handlers) as (one, here), wire.server(subject.handlers) as (other, there):
+        async with ConnectionPool(limit=1) as pool:
+            for holders, ours in ((here, here), (there, here)):
+
+                async def scenario(holders: str = holders, ours: str = ours) -> None:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(a_call, pool(holders))
+                        nursery.start_soon(a_call, pool(ours))
+                        await a_call(pool(ours))
+
+                async def check(ours: str = ours) -> None:
+                    counts_are_whole(pool)
+                    await subject.is_whole(one, here)
+                    await subject.is_whole(other, there)
+                    await a_call(pool(ours))
+                    counts_are_whole(pool, open=1)
+                    await blocked()
+                    assert one.statistics().connections + other.statistics().connections == 1
+
+                await check()
+                assert await cancel_sweep(scenario, check=check) > 10
+
+
+@reference("N02", "m i t u l")
+async def test_n02_closing_a_pool(wire: Wire) -> None:
+    """Calls in flight, connecting and waiting while their pool is closed, and then cancelled."""
+    subject = Subject()
+    async with wire.server(subject.handlers) as (server, address):
+
+        async def scenario() -> None:
+            pool = ConnectionPool(limit=2)
+            async with trio.open_nursery() as nursery:
+                for x in range(4):
+                    nursery.start_soon(ignoring_the_end, pool(address).work, x)
+                await trio.lowlevel.checkpoint()
+                await pool.aclose()
+            counts_are_whole(pool, open=0)
+
+        async def check() -> None:
+            await subject.is_whole(server, address)
+            assert server.statistics().connections == 0
+
+        assert await cancel_sweep(scenario, check=check) >= 3
+
+
+# -- N03: the wire ---------------------------------------------------------------------------------------------------------------
+
+
+BROKEN = (ConnectError, CommClosedError)
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+@covers("N03", "m")
+def test_n03_cut_after_every_byte(use: Use) -> None:
+    """Both ways, by an end and by a reset: a typed error or a result, no hang; afterwards server and pool are whole."""
+
+    async def body(_: Wire) -> None:
+        async def scenario(network: MemoryNetwork) -> None:
+            subject = Subject()
+            async with Server(subject.handlers) as server, ConnectionPool(limit=1) as pool:
+                address = await server.listen("memory://")
+                try:
+                    await use(pool(address))
+                except BROKEN:
+                    pass
+                network.wrap = None
+                counts_are_whole(pool)
+                await subject.is_whole(server, address)
+                assert await pool(address).work(x=5) == 10
+                counts_are_whole(pool, open=1)
+                await blocked()
+                assert server.statistics().connections == 1
+
+        assert await wire_sweep(scenario) > 500
+
+    # In a run of its own, without the network of kit.run: the sweep makes one for each cut.
+    trio.run(body, Wire("i", None), clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
+@pytest.mark.parametrize("how", ["eof", "reset"])
+@pytest.mark.parametrize("side", ["client", "server"])
+@covers("N03", "t")
+def test_n03_cut_over_tcp(use: Use, side: str, how: Any) -> None:
+    """The same with real sockets, after every few bytes."""
+
+    async def body(wire: Wire) -> None:
+        subject = Subject()
+        async with wire.server(subject.handlers) as (server, address):
+            after = 0
+            while True:
+                async with wire.relay(address) as relay, ConnectionPool(limit=1) as pool:
+                    faults: list[FaultStream] = []
+
+                    def cut(stream: trio.abc.Stream, which: str, after: int = after, faults: Any = faults) -> trio.abc.Stream:
+                        if which != side or faults:
+                            return stream
+                        faults.append(FaultStream(stream, cut_after=after, cut=how))
+                        return faults[0]
+
+                    relay.wrap = cut
+                    with trio.fail_after(10):
+                        try:
+                            await use(pool(relay.address))
+                        except BROKEN:
+                            pass
+                    counts_are_whole(pool)
+                    await subject.is_whole(server, address)
+                    assert await pool(relay.address).work(x=5) == 10
+                    counts_are_whole(pool, open=1)
+                    was_cut = faults[0].was_cut
+                await blocked()
+                assert server.statistics().connections == 0
+                if not was_cut:
+                    break
+                after += 13
+        assert after > 100
+
+    run(body, "t")
