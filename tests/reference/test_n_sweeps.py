@@ -125,6 +125,8 @@ async def both_ways(remote: Any) -> None:
 
 
 USES = [a_call, two_calls, a_notify, a_stream, half_a_stream, both_ways]
+# Of these it is enough to cut every few bytes: the others have the same messages.
+REPETITIVE = (two_calls, half_a_stream)
 Use = Callable[[Any], Awaitable[None]]
 
 
@@ -160,7 +162,7 @@ async def test_n01_a_client_from_nothing(wire: Wire, use: Use) -> None:
             await subject.is_whole(server, address)
             assert server.statistics().connections == 0
 
-        assert await cancel_sweep(scenario, check=check) > 10
+        assert await cancel_sweep(scenario, check=check) >= 5
 
 
 @each_use("N01", "m i t")
@@ -181,7 +183,7 @@ async def test_n01_a_client_with_a_pool(wire: Wire, use: Use) -> None:
             assert server.statistics().connections == 1
 
         await check()
-        assert await cancel_sweep(scenario, check=check) >= 3
+        assert await cancel_sweep(scenario, check=check) >= 1
 
 
 @reference("N01", "m i t u l")
@@ -293,14 +295,13 @@ def endings(wire: Wire) -> dict[str, Callable[[Server], Awaitable[object]]]:
 
     return {
         "stop": stop,
-        "stop now": lambda server: stop_and_shorten(server),
+        "stop and shorten": stop_and_shorten,
         "aclose": lambda server: server.aclose(wire.seconds(1)),
         "aclose now": lambda server: server.aclose(0),
     }
 
 
 @reference("N02", "m i t u l")
-@pytest.mark.filterwarnings("default")
 async def test_n02_stopping(wire: Wire) -> None:
     """With an idle client, one whose handler ends soon, and a stream that does not end by itself."""
     making = Making(wire)
@@ -342,27 +343,30 @@ async def endless(remote: Any) -> None:
 async def test_n02_waiting_for_a_slot(wire: Wire) -> None:
     """A full pool: the holder's end hands its comm on, or its slot, in the middle of the sweep."""
     subject = Subject()
-    async with wire.server(subject.handlers) as (one, here), wire.server(subject.handlers) as (other, there):
-        async with ConnectionPool(limit=1) as pool:
-            for holders, ours in ((here, here), (there, here)):
+    async with (
+        wire.server(subject.handlers) as (one, here),
+        wire.server(subject.handlers) as (other, there),
+        ConnectionPool(limit=1) as pool,
+    ):
+        for holders, ours in ((here, here), (there, here)):
 
-                async def scenario(holders: str = holders, ours: str = ours) -> None:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(a_call, pool(holders))
-                        nursery.start_soon(a_call, pool(ours))
-                        await a_call(pool(ours))
-
-                async def check(ours: str = ours) -> None:
-                    counts_are_whole(pool)
-                    await subject.is_whole(one, here)
-                    await subject.is_whole(other, there)
+            async def scenario(holders: str = holders, ours: str = ours) -> None:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(a_call, pool(holders))
+                    nursery.start_soon(a_call, pool(ours))
                     await a_call(pool(ours))
-                    counts_are_whole(pool, open=1)
-                    await blocked()
-                    assert one.statistics().connections + other.statistics().connections == 1
 
-                await check()
-                assert await cancel_sweep(scenario, check=check) > 10
+            async def check(ours: str = ours) -> None:
+                counts_are_whole(pool)
+                await subject.is_whole(one, here)
+                await subject.is_whole(other, there)
+                await a_call(pool(ours))
+                counts_are_whole(pool, open=1)
+                await blocked()
+                assert one.statistics().connections + other.statistics().connections == 1
+
+            await check()
+            assert await cancel_sweep(scenario, check=check) > 10
 
 
 @reference("N02", "m i t u l")
@@ -393,6 +397,30 @@ async def test_n02_closing_a_pool(wire: Wire) -> None:
 BROKEN = (ConnectError, CommClosedError)
 
 
+async def works_again(pool: ConnectionPool, address: str, fault: FaultStream) -> None:
+    """The next call succeeds, also where what the pool has is a comm that was cut while it was idle."""
+    if not fault.was_cut:
+        pool.collect()
+    assert await pool(address).work(x=5) == 10
+    counts_are_whole(pool, open=1)
+
+
+def faults_of(network: MemoryNetwork) -> list[FaultStream]:
+    """The end that a wire_sweep cuts, as soon as there is one."""
+    found: list[FaultStream] = []
+    wrap = network.wrap
+    assert wrap is not None
+
+    def noting(stream: trio.abc.Stream, side: Any) -> trio.abc.Stream:
+        stream = wrap(stream, side)
+        if isinstance(stream, FaultStream):
+            found.append(stream)
+        return stream
+
+    network.wrap = noting
+    return found
+
+
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 @covers("N03", "m")
 def test_n03_cut_after_every_byte(use: Use) -> None:
@@ -401,21 +429,21 @@ def test_n03_cut_after_every_byte(use: Use) -> None:
     async def body(_: Wire) -> None:
         async def scenario(network: MemoryNetwork) -> None:
             subject = Subject()
+            faults = faults_of(network)
             async with Server(subject.handlers) as server, ConnectionPool(limit=1) as pool:
                 address = await server.listen("memory://")
                 try:
                     await use(pool(address))
                 except BROKEN:
                     pass
-                network.wrap = None
                 counts_are_whole(pool)
                 await subject.is_whole(server, address)
-                assert await pool(address).work(x=5) == 10
-                counts_are_whole(pool, open=1)
+                await works_again(pool, address, faults[0])
                 await blocked()
                 assert server.statistics().connections == 1
 
-        assert await wire_sweep(scenario) > 500
+        every = 5 if use in REPETITIVE else 1
+        assert await wire_sweep(scenario, every=every) > 500 / every
 
     # In a run of its own, without the network of kit.run: the sweep makes one for each cut.
     trio.run(body, Wire("i", None), clock=trio.testing.MockClock(autojump_threshold=0))
@@ -450,8 +478,7 @@ def test_n03_cut_over_tcp(use: Use, side: str, how: Any) -> None:
                             pass
                     counts_are_whole(pool)
                     await subject.is_whole(server, address)
-                    assert await pool(relay.address).work(x=5) == 10
-                    counts_are_whole(pool, open=1)
+                    await works_again(pool, relay.address, faults[0])
                     was_cut = faults[0].was_cut
                 await blocked()
                 assert server.statistics().connections == 0

@@ -208,10 +208,13 @@ class ConnectionPool:
             self._dismissed.discard(address)
             anew = True
         policy = self._policy
-        slot, evicted = policy.reserve(address, op)
-        if evicted is not None:
-            evicted.abort()
+        slot: Slot | None = None
         while slot is None:
+            slot, evicted = policy.reserve(address, op)
+            if evicted is not None:
+                evicted.abort()
+            if slot is not None:
+                break
             waiter = await self._wait(address, op)
             slot, comm = waiter.slot, waiter.comm
             if comm is not None:

@@ -182,6 +182,8 @@ class FramedComm(BaseComm):
                 self._ended = True
                 if parser.mid_message:
                     raise CommClosedError(f"{self.peer_address} closed the comm in the middle of a message")
+                if self._broken:
+                    raise self._closed_error()  # a reset is told once, and it was the writer that was told
                 return None
             pump.unwaited += MESSAGE_WEIGHT
             if pump.unwaited >= YIELD_BYTES:

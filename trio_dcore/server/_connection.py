@@ -255,7 +255,7 @@ class Connection:
             if comm.closed():
                 if isinstance(error, (RemoteProtocolError, LimitExceeded)):
                     raise  # the client's doing
-                if not isinstance(error, (CommClosedError, trio.ClosedResourceError, HandlerCancelled)):
+                if request is not None and not isinstance(error, (CommClosedError, trio.ClosedResourceError, HandlerCancelled)):
                     _log.warning("op %r from %s failed after its caller had gone", self.op, comm.peer_address, exc_info=error)
                 return False
             failure = error.stop if type(error) is _Stopped else error

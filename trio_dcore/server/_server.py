@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 
 from .._security import Security
 from .._util import to_raise
@@ -117,7 +118,8 @@ class BaseServer:
         self._outer: trio.abc.AsyncResource | Any = None
         self._accepting: trio.Nursery | None = None
         self._connection_tasks: trio.Nursery | None = None
-        self._admitting = False  # connections, to their nursery
+        self._accepting_more = False  # listeners, to their nursery
+        self._admitting = False  # connections, to theirs
         self._scope = trio.CancelScope()  # round all connections
         self._reporting = trio.CancelScope(shield=True)
         self._listeners: list[Listener] = []
@@ -280,7 +282,10 @@ class BaseServer:
         listeners = await get_transport(scheme).listen(location, self.settings)
         try:
             self._check_serving()
-        except LocalProtocolError:
+            if not self._accepting_more:
+                await checkpoint_if_cancelled()  # most likely the caller is in the scope that was cancelled
+                raise LocalProtocolError("listen() on a server that is being cancelled; make a new one")
+        except BaseException:
             for listener in listeners:
                 listener.close()
             raise
@@ -325,8 +330,12 @@ class BaseServer:
                 try:
                     async with trio.open_nursery() as accepting:
                         self._accepting = accepting
+                        self._accepting_more = True
                         task_status.started()
-                        await self.shutdown_requested.wait()
+                        try:
+                            await self.shutdown_requested.wait()
+                        finally:
+                            self._accepting_more = False  # also for who calls listen() when we have just been cancelled
                         accepting.cancel_scope.cancel(reason="the server is shutting down")
                 finally:
                     self._wind_down()
