@@ -102,7 +102,7 @@ class TestWhatCanNotTravel:
         async with serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, remote):
             await remote.echo()
             for _ in range(2):
-                with pytest.raises(SerializationError, match=r"\['x'\]") as caught:
+                with pytest.raises(SerializationError, match="^x: ") as caught:
                     await remote.echo(x=Opaque())
                 assert not isinstance(caught.value, RemoteError)
                 with pytest.raises(SerializationError):

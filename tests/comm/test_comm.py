@@ -292,19 +292,19 @@ class TestClosing:
 
     @pytest.mark.parametrize("operation", ["read", "receive"])
     async def test_its_last_words_are_read_and_its_end_is_no_clean_one(self, new_pair: Any, operation: str) -> None:
-        """The system tells of a reset once, and that may be the writer; the reader must not take what is left for all there is."""
+        """A reset is told once, and that may be to the writer; the reader must not take what is left for all there is."""
         async with new_pair("tcp") as pair:
             await pair.server.write("last words")
             await pair.client.write("never read, so the close is a reset")
             await trio.testing.wait_all_tasks_blocked(0.01)
             pair.server.abort()
             await trio.testing.wait_all_tasks_blocked(0.01)
-            with pytest.raises(CommClosedError, match="^writing to"):
+            with pytest.raises(CommClosedError, match=r"^writing to"):
                 await pair.client.write("x")
             assert pair.client.closed()
             assert await getattr(pair.client, operation)() == "last words"
             for _ in range(2):
-                with pytest.raises(CommClosedError, match="^writing to"):
+                with pytest.raises(CommClosedError, match=r"^writing to"):
                     await getattr(pair.client, operation)()
 
     async def test_writing_to_a_peer_that_has_gone(self, pair: Any) -> None:

@@ -139,6 +139,30 @@ async def test_a_number_that_belongs_to_another_connection_by_now(watcher: Hangu
     nursery.cancel_scope.cancel()
 
 
+async def test_a_copy_that_a_forked_child_has(watcher: HangupWatcher, nursery: trio.Nursery) -> None:
+    """The kernel goes on telling of a socket that we have closed, under a number that is another connection's by now."""
+    nursery.start_soon(watcher.run)
+    old_client, old_server = connected()
+    client, server = connected()
+    old, new = Told(), Told()
+    number = old_server.fileno()
+    watcher.watch(number, old)
+    copy = old_server.dup()
+    old_server.close()
+    os.dup2(server.fileno(), number)
+    watcher.watch(number, new)
+    old_client.close()
+    await settle()
+    assert (old.count, new.count) == (0, 0)
+    client.close()
+    await settle()
+    assert (old.count, new.count) == (0, 1)
+    os.close(number)
+    server.close()
+    copy.close()
+    nursery.cancel_scope.cancel()
+
+
 async def test_closed_before_it_is_forgotten(watcher: HangupWatcher) -> None:
     client, server = connected()
     told = Told()

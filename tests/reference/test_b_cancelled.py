@@ -203,7 +203,7 @@ async def test_b05_a_sibling_fails(wire: Wire) -> None:
             nursery.start_soon(fail)
 
     async with trio.open_nursery() as outside:
-        with pytest.raises(ExceptionGroup) as caught, wire.now():
+        with wire.now(), pytest.raises(ExceptionGroup) as caught:
             await serve_beside_failure()
         assert caught.value.exceptions == (failure,)
         assert server.status is Status.closed
@@ -229,7 +229,7 @@ async def test_b05_the_block_of_the_server_fails(wire: Wire) -> None:
 
     remotes: list[rpc] = []
     async with trio.open_nursery() as nursery:
-        with pytest.raises(ValueError, match="in the block") as caught, wire.now():
+        with wire.now(), pytest.raises(ValueError, match="in the block") as caught:
             await in_block(Server({"work": journal.handler(60, wire)}))
         # The very one, and no group of one.
         assert caught.value is failure

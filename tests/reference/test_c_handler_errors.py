@@ -42,29 +42,20 @@ def no() -> bool:
     return False
 
 
-async def usable(remote: rpc, server: Server) -> bool:
-    """Whether the comm that the calls before have used, and no other, takes the next one."""
-    return (
-        await remote.add(x=1, y=2) == 3
-        and (remote.pool.open, remote.pool.active) == (1, 0)
-        and server.statistics().connections == 1
-        and server.statistics().in_flight == 0
-    )
-
-
 @reference("C01", "m i t u l")
 async def test_c01_a_handler_raises(wire: Wire) -> None:
     async def fail_later() -> None:
-        await trio.lowlevel.checkpoint()
+        await wire.sleep(0)
         raise ValueError("nope")
 
     def fail() -> None:
         raise ValueError("nope")
 
     async with (
-        wire.server({"fail": fail, "fail_later": fail_later, "add": add}) as (server, address),
+        wire.server({"fail": fail, "fail_later": fail_later}) as (server, address),
         wire.client(address) as remote,
     ):
+        comm = await wire.comm_of(remote, server)
         for op in ("fail", "fail_later"):
             with pytest.raises(RemoteError) as caught:
                 await remote[op]()
@@ -75,7 +66,7 @@ async def test_c01_a_handler_raises(wire: Wire) -> None:
             assert f"in {op}" in error.remote_traceback
             assert 'raise ValueError("nope")' in error.remote_traceback
             assert f"in {op}" in str(error.__cause__)
-            assert await usable(remote, server)
+            assert await wire.comm_of(remote, server) == comm
 
 
 @reference("C01", "m t u l")
@@ -98,9 +89,10 @@ async def test_c01_a_stock_peer_gets_dasks_reply(wire: Wire) -> None:
 @reference("C02", "m i t u l")
 async def test_c02_no_such_op(wire: Wire) -> None:
     async with wire.server({"add": add}) as (server, address), wire.client(address) as remote:
+        comm = await wire.comm_of(remote, server)
         with pytest.raises(UnknownOp, match="unknown op 'ad'; did you mean 'add'"):
             await remote.ad(x=1, y=2)
-        assert await usable(remote, server)
+        assert await wire.comm_of(remote, server) == comm
 
 
 @reference("C02", "m t u l")
@@ -117,6 +109,7 @@ async def test_c02_no_such_op_for_a_stock_peer(wire: Wire) -> None:
 @reference("C03", "m i t u l")
 async def test_c03_wrong_arguments(wire: Wire) -> None:
     async with wire.server({"add": add}) as (server, address), wire.client(address) as remote:
+        comm = await wire.comm_of(remote, server)
         for arguments, what in (
             ({"x": 1}, "missing 1 required positional argument: 'y'"),
             ({"x": 1, "y": 2, "z": 3}, "unexpected keyword argument 'z'"),
@@ -127,7 +120,7 @@ async def test_c03_wrong_arguments(wire: Wire) -> None:
             assert isinstance(caught.value, TypeError)
             assert what in str(caught.value)
             assert "the handler is add(x: 'int', y: 'int') -> 'int'" in str(caught.value)
-            assert await usable(remote, server)
+            assert await wire.comm_of(remote, server) == comm
 
 
 @reference("C03", "m i t u l")
@@ -161,15 +154,16 @@ async def test_c04_a_result_that_can_not_travel(wire: Wire) -> None:
         results[name] = result
         return result
 
-    handlers = {"generator": generator, "file": file, "lock": lock, "add": add}
+    handlers = {"generator": generator, "file": file, "lock": lock}
     async with wire.server(handlers) as (server, address), wire.client(address) as remote:
+        comm = await wire.comm_of(remote, server)
         for op in ("generator", "file", "lock"):
             if wire.transport == "i":  # which passes objects, whatever they are
                 assert await remote[op]() is results[op]
             else:
                 with pytest.raises(SerializationError):
                     await remote[op]()
-            assert await usable(remote, server)
+            assert await wire.comm_of(remote, server) == comm
     results["file"].close()
 
 
@@ -186,9 +180,10 @@ async def test_c04_a_result_that_can_not_travel_to_a_stock_peer(wire: Wire) -> N
 
 @reference("C04", "m i t u l")
 async def test_c04_large_numbers_do_travel(wire: Wire) -> None:
-    async with wire.server({"large": lambda: 2**70, "add": add}) as (server, address), wire.client(address) as remote:
+    async with wire.server({"large": lambda: 2**70}) as (server, address), wire.client(address) as remote:
+        comm = await wire.comm_of(remote, server)
         assert await remote.large() == 2**70
-        assert await usable(remote, server)
+        assert await wire.comm_of(remote, server) == comm
 
 
 @reference("C05", "m i t u l")
@@ -211,9 +206,10 @@ async def test_c05_a_group_of_two(wire: Wire) -> None:
 
     wait = trio.Event()
     async with (
-        wire.server({"both": both, "one": one, "add": add}) as (server, address),
+        wire.server({"both": both, "one": one}) as (server, address),
         wire.client(address) as remote,
     ):
+        comm = await wire.comm_of(remote, server)
         with pytest.raises(RemoteError) as caught:
             await remote.both()
         group = caught.value
@@ -223,12 +219,12 @@ async def test_c05_a_group_of_two(wire: Wire) -> None:
         assert isinstance(leaves[0], KeyError)
         assert isinstance(leaves[1], ValueError)
         assert all("in fail" in leaf.remote_traceback for leaf in leaves if isinstance(leaf, RemoteError))
-        assert await usable(remote, server)
+        assert await wire.comm_of(remote, server) == comm
         # As everywhere: a group of one says no more than the one.
         with pytest.raises(ValueError, match=r"^one$") as single:
             await remote.one()
         assert isinstance(single.value, RemoteError)
-        assert await usable(remote, server)
+        assert await wire.comm_of(remote, server) == comm
 
 
 @reference("C06", "m i t u l")
@@ -267,7 +263,7 @@ async def test_c06_exits_end_the_server(wire: Wire) -> None:
                         clients.start_soon(call, address)
 
                 # trio puts what leaves a task into groups; nothing but the exit is in them.
-                with pytest.raises(BaseExceptionGroup) as caught, wire.now():
+                with wire.now(), pytest.raises(BaseExceptionGroup) as caught:
                     await serve()
                 assert caught.value.exceptions == (leave,)
                 assert server.status is Status.closed

@@ -173,34 +173,30 @@ async def test_d02_a_cancelled_waiter_gives_up_its_place(wire: Wire) -> None:
 
 @reference("D02", "m i t u l")
 async def test_d02_a_waiter_that_is_cancelled_when_it_is_its_turn_passes_it_on(wire: Wire) -> None:
-    """The holder's end gives the waiter a comm, or with another address a slot, and in the same moment it is cancelled."""
-    held = Held()
-    handlers = {"hold": held, "quick": lambda: "quick"}
-
-    async def hold_and_then_cancel(remote: Any, scope: trio.CancelScope) -> None:
-        await remote.hold()
-        assert len(pool._policy.waiters) == 1  # the other one has been given what we had
-        scope.cancel()
-
+    """The holder's end gives the waiter a comm, or with another address a slot, and in the same step it is cancelled."""
+    handlers = {"quick": lambda: "quick"}
     async with wire.server(handlers) as (_, one), wire.server(handlers) as (_, other), ConnectionPool(limit=1) as pool:
         for address in (one, other):
-            held.started, held.release = trio.Event(), trio.Event()
-            async with trio.open_nursery() as nursery:
-                following = Outcome()
-
-                scope = trio.CancelScope()
-                nursery.start_soon(hold_and_then_cancel, pool(one), scope)
-                await held.started.wait()
-                waiter = Cancellable(nursery, pool(address).quick, scope)
-                await blocked()
-                nursery.start_soon(following.of, pool(address).quick)
-                await blocked()
-                held.release.set()
-                with wire.now():
-                    await following.ended()
-            assert waiter.cancelled
-            assert following.value == "quick"
-            counts_are_whole(pool, open=1)
+            for cancelled_first in (False, True):
+                comm, _ = await pool.acquire(one, "held")
+                async with trio.open_nursery() as nursery:
+                    waiter, following = Cancellable(nursery, pool(address).quick), Outcome()
+                    await blocked()
+                    nursery.start_soon(following.of, pool(address).quick)
+                    await blocked()
+                    assert len(pool._policy.waiters) == 2
+                    if cancelled_first:
+                        waiter.scope.cancel()
+                    pool.release(comm)
+                    assert len(pool._policy.waiters) == 1  # it has been given what we had
+                    waiter.scope.cancel()
+                    with wire.now():
+                        await following.ended()
+                assert waiter.cancelled
+                assert following.value == "quick"
+                counts_are_whole(pool, open=1)
+                # Nothing was begun on the comm that the waiter had, so it is as good as before.
+                assert (comm in pool._policy.idle_since) == (address == one)
 
 
 @reference("D03", "m i t u l")
@@ -241,20 +237,25 @@ async def test_d03_cancelled_between_the_slot_and_the_first_byte(wire: Wire) -> 
 # -- D04, D05, D06: on the wire --------------------------------------------------------------------------------------------------
 
 
+# More than all the buffers on the way take, so that a writer is still at it, and how much of it has come through by then.
+LARGE = 64 * 2**20
+BEGUN = 2**20
+
+
 @reference("D04", "m t u l")
 async def test_d04_cancelled_half_way_through_writing(wire: Wire) -> None:
-    size = 8 * 2**20
     async with (
         wire.server({"take": lambda data: len(data)}) as (server, address),
         wire.relay(address) as relay,
         ConnectionPool(limit=1) as pool,
     ):
-        relay.limits = (size // 2, size)
+        relay.limits = (BEGUN, LARGE)
         async with trio.open_nursery() as nursery:
-            call = Cancellable(nursery, partial(pool(relay.address).take, data=bytes(size)))
-            while not relay.passed or relay.passed[0][0] < size // 2:
+            call = Cancellable(nursery, partial(pool(relay.address).take, data=bytes(LARGE)))
+            while not relay.passed or relay.passed[0][0] < BEGUN:
                 await blocked(0.001)
             (comm,) = pool._policy.busy
+            assert comm._sending
             call.scope.cancel()
             with wire.now():
                 await call.ended.wait()
@@ -263,18 +264,39 @@ async def test_d04_cancelled_half_way_through_writing(wire: Wire) -> None:
         counts_are_whole(pool, open=0)
         with pytest.raises(CommClosedError):
             await comm.write("more")
-        relay.limits = (2 * size, size)
-        assert await pool(relay.address).take(data=bytes(size)) == size
+        relay.limits = (2 * LARGE, LARGE)
+        assert await pool(relay.address).take(data=bytes(BEGUN)) == BEGUN
         assert len(relay.passed) == 2
         assert server.statistics().requests == {"take": 1}
         counts_are_whole(pool, open=1)
+
+
+@reference("D04", "m t u l")
+async def test_d04_of_a_raw_comm(wire: Wire) -> None:
+    """Nobody but the comm itself can close it there."""
+    async with wire.server({"take": lambda data: len(data)}) as (server, address), wire.relay(address) as relay:
+        relay.limits = (BEGUN, LARGE)
+        async with await connect(relay.address) as comm:
+            async with trio.open_nursery() as nursery:
+                writing = Cancellable(nursery, partial(comm.write, {"op": "take", "data": bytes(LARGE)}))
+                while not relay.passed or relay.passed[0][0] < BEGUN:
+                    await blocked(0.001)
+                writing.scope.cancel()
+                with wire.now():
+                    await writing.ended.wait()
+            assert writing.cancelled
+            assert comm.closed()
+            with pytest.raises(CommClosedError, match="interrupted in the middle of a message"):
+                await comm.write("more")
+        await blocked()
+        assert server.statistics().requests == {}
 
 
 @reference("D05", "m i t u l")
 async def test_d05_cancelled_while_waiting_for_the_reply(wire: Wire) -> None:
     journal = Journal()
     async with (
-        wire.server({"work": journal.handler(60, wire), "quick": lambda: "quick"}) as (server, address),
+        wire.server({"work": journal.handler(20, wire), "quick": lambda: "quick"}) as (server, address),
         ConnectionPool(limit=1) as pool,
     ):
         async with trio.open_nursery() as nursery:
@@ -322,6 +344,27 @@ async def test_d06_cancelled_half_way_through_reading(wire: Wire) -> None:
             await comm.read()
         assert len(relay.passed) == 2
         counts_are_whole(pool, open=1)
+
+
+@reference("D06", "m t u l")
+async def test_d06_of_a_raw_comm(wire: Wire) -> None:
+    size = 8 * 2**20
+    async with wire.server({"give": lambda: bytes(size)}) as (_, address), wire.relay(address) as relay:
+        relay.limits = (size, size // 2)
+        async with await connect(relay.address) as comm:
+            await comm.write({"op": "give", "reply": True})
+            async with trio.open_nursery() as nursery:
+                reading = Cancellable(nursery, comm.read)
+                while not relay.passed or relay.passed[0][1] < size // 2:
+                    await blocked(0.001)
+                await blocked()
+                reading.scope.cancel()
+                with wire.now():
+                    await reading.ended.wait()
+            assert reading.cancelled
+            assert comm.closed()
+            with pytest.raises(CommClosedError, match="interrupted in the middle of a message"):
+                await comm.read()
 
 
 # -- D07: the pool's invariant ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import trio.testing
 from tests.reference.kit import Journal, Outcome, Wire, covers, reference
 from tests.reference.test_d_calls_and_pool import Cancellable, Held, counts_are_whole
 from trio_dcore import ConnectionPool, HandlerCancelled, current_request, rpc
+from trio_dcore.protocol._remote_errors import error_value
+from trio_dcore.testing import ManualPeer, MemoryStreamListener
 
 blocked = trio.testing.wait_all_tasks_blocked
 
@@ -290,6 +292,40 @@ async def test_j05_reply_and_deadline_at_the_same_instant(wire: Wire) -> None:
             counts_are_whole(pool)
             assert await pool(address).echo(data=1) == 1
             await blocked()
+
+
+@reference("J05", "m")
+async def test_j05_the_server_notices_the_deadline_first(wire: Wire) -> None:
+    """Its answer is there when our deadline has passed as well and has not been noticed: still it is our scope's."""
+    assert wire.network is not None
+    over = HandlerCancelled("the handler was cancelled: deadline")
+    over.reason = "deadline"
+
+    async def serve(listener: MemoryStreamListener) -> None:
+        async with ManualPeer(await listener.accept()) as peer:
+            await peer.handshake(extension=True)
+            for seconds_late in (0.0, -0.5):
+                request = await peer.receive()
+                clock = trio.lowlevel.current_clock()
+                assert isinstance(clock, trio.testing.MockClock)
+                value = error_value(over, trusted=True, limit=1000)
+                await peer.send([1, request["trio-dcore"]["id"], value])
+                clock.jump(1 + seconds_late)  # between that step and the client's next
+
+    async with (
+        await wire.network.listen_streams() as listener,
+        ConnectionPool(limit=1) as pool,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(serve, listener)
+        with trio.move_on_after(1) as scope:
+            await pool(listener.address).work()
+        assert scope.cancelled_caught
+        counts_are_whole(pool, open=1)
+        # While there is time left it is news: some deadline of the handler's own.
+        with trio.move_on_after(1) as scope, pytest.raises(HandlerCancelled):
+            await pool(listener.address).work()
+        assert not scope.cancelled_caught
 
 
 @reference("J05", "m i t u l")

@@ -26,6 +26,7 @@ class BaseComm(Comm):
     Attributes:
         extension: what the peer's handshake said of the wire extension; None for a stock Dask peer.
         settings: what the comm was made with.
+        after_read: called, if not None, when a task has stopped reading the comm.
         last_id: of the last opted-in request that was made on the comm; ids grow.
         bytes_written, messages_read, messages_written: counters.
     """
@@ -34,6 +35,7 @@ class BaseComm(Comm):
         "__weakref__",
         "_local_address",
         "_peer",
+        "after_read",
         "bytes_written",
         "extension",
         "last_id",
@@ -52,6 +54,7 @@ class BaseComm(Comm):
         self.settings = settings
         self.extension = None
         self.last_id = 0
+        self.after_read: Callable[[], None] | None = None
         self.bytes_written = self.messages_read = self.messages_written = 0
 
     @property

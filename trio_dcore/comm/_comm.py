@@ -209,6 +209,8 @@ class FramedComm(BaseComm):
             self._reading = False
             if self._watch is not None:
                 self._watch.resume()
+            if self.after_read is not None:
+                self.after_read()
         self.messages_read += 1
         frame0 = frames[0]
         # As Decoder.has_markers, which says why.

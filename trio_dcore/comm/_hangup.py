@@ -46,10 +46,20 @@ class HangupWatcher:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
             for fileno, _events in self._epoll.poll(0, 64):
                 callback = self._callbacks.get(fileno)
-                if callback is not None:
+                if callback is not None and _hung_up(fileno):
                     callback()
 
     def close(self) -> None:
         """Free the epoll set."""
         trio.lowlevel.notify_closing(self._epoll.fileno())
         self._epoll.close()
+
+
+def _hung_up(fileno: int) -> bool:
+    """Whether that is so of the socket that has the number now.
+
+    A socket that was closed while a forked child had a copy of it stays in the set, under a number that may be another's by now.
+    """
+    probe = select.poll()
+    probe.register(fileno, select.POLLRDHUP)
+    return bool(probe.poll(0))

@@ -131,6 +131,8 @@ class InprocComm(BaseComm):
                 await self._wake_reader.park()
         finally:
             self._reading = False
+            if self.after_read is not None:
+                self.after_read()
         message = self._inbox.popleft()
         self._other._wake_writer.unpark()
         self.messages_read += 1

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
+from .._util import leaves
 from ..comm import BaseComm
 from ..errors import (
     CommClosedError,
@@ -31,6 +32,7 @@ from ..errors import (
 )
 from ..protocol._context import Buffer
 from ..protocol._envelope import ERROR, GOODBYE, KEY, PING, PONG, REPLY, RequestHeader, parse_envelope, parse_request_header
+from ..protocol._markers import RESERVED
 from ..protocol._remote_errors import error_reply, error_value
 from ._admission import find_handler
 from ._drive import drive
@@ -118,8 +120,20 @@ class Connection:
     def hung_up(self) -> None:
         """The peer has closed its end; it may be that requests from before are still unread."""
         self._gone = True
-        if self._awaited and not self.comm.reading:  # a handler that is reading finds the end behind what it has not read yet
+        self._gone_meanwhile()
+
+    def _gone_meanwhile(self) -> None:
+        """The caller has gone while its handler runs: cancel it, unless it is reading, for then it finds the end by itself."""
+        if not self._awaited:
+            return
+        if self.comm.reading:
+            self.comm.after_read = self._look_again
+        else:
             self.scope.cancel(reason="the caller has gone")
+
+    def _look_again(self) -> None:
+        # What a handler does next with what it has read shows when its step is over: it reads on, or it waits for something else.
+        trio.lowlevel.current_trio_token().run_sync_soon(self._gone_meanwhile)
 
     def handler_waits(self) -> None:
         """A handler whose answer is awaited has to wait, and nothing else tells when the peer hangs up."""
@@ -136,7 +150,13 @@ class Connection:
         elif self.idle and not self.comm.stale():
             self._say_goodbye()
             self.comm.abort()
-        # Else a request is running, or one has come that deserves its ServerClosing; the connection ends by itself after it.
+        elif self.idle:
+            self._hurry()
+        # Else a request is running, and the connection ends by itself after it.
+
+    def _hurry(self) -> None:
+        """Something has come that may be a request, which deserves its ServerClosing; half a one does not hold up the shutdown."""
+        self.scope.deadline = min(self.scope.deadline, trio.current_time() + self.comm.settings.limits.linger)
 
     def _say_goodbye(self) -> None:
         """Tell a peer that makes opted-in requests that nothing after its last one was started."""
@@ -154,9 +174,11 @@ class Connection:
         server = self.server
         turns = 0
         while True:
-            if server.draining and not comm.stale():
-                self._say_goodbye()
-                return
+            if server.draining:
+                if not comm.stale():
+                    self._say_goodbye()
+                    return
+                self._hurry()
             self.idle = True
             try:
                 # Every wait delivers cancellation; requests that need none must not put it off for long.
@@ -199,7 +221,7 @@ class Connection:
         reply = head.get("reply", _ABSENT)
         wanted = reply is _ABSENT or bool(reply)
         close = bool(head.get("close"))
-        failure: Exception
+        failure: BaseException
         request: Request | None = None
         written = comm.messages_written
         try:
@@ -207,22 +229,27 @@ class Connection:
             if KEY in head and comm.extension is not None:
                 header = self._opted_in(head[KEY])
             entry = find_handler(self.server, comm.peer, op)
-            if frames is not None:
-                message: dict[Any, Any] = comm.resolve(frames)  # phase one found a dict
-            else:
-                message = dict(head) if comm.by_reference else head
-            del message["op"]
-            message.pop("reply", None)
-            message.pop("close", None)
-            serializers = message.pop("serializers", None)
-            if header is not None:
-                del message[KEY]
             if entry is None:  # the pseudo-op "close"
                 result: Any = "OK"
+                serializers = None
                 close = True
             else:
-                if serializers is not None and entry.takes_serializers:
-                    message["serializers"] = serializers
+                if frames is not None:
+                    if not RESERVED.isdisjoint(head):
+                        raise ValueError("a request can't be a marker: its op and arguments stand in frame 0")
+                    message: dict[Any, Any] = comm.resolve(frames)
+                else:
+                    message = dict(head) if comm.by_reference else head
+                del message["op"]
+                message.pop("reply", None)
+                message.pop("close", None)
+                serializers = message.pop("serializers", None)
+                if serializers is not None:
+                    serializers = _checked_families(serializers)
+                    if entry.takes_serializers:
+                        message["serializers"] = serializers
+                if header is not None:
+                    del message[KEY]
                 request = self.request = Request(self, op, comm.peer)  # type: ignore[arg-type]  # there is a handler of that name
                 counters = self.server._statistics
                 counters.in_flight += 1
@@ -262,18 +289,22 @@ class Connection:
         except BaseException as error:
             if _ends_the_server(error):
                 raise
-            if trio.current_effective_deadline() == -math.inf:
+            if not _has_cancelled(error):
+                failure = error  # asyncio's CancelledError, GeneratorExit and the like are failures of the handler
+            elif trio.current_effective_deadline() == -math.inf:
                 if wanted and not self._gone and request is not None:
                     self._last_words(header)
                 raise self._only_cancelled(error) from None
-            failure = RuntimeError("the handler let a trio.Cancelled escape that belongs to no cancel scope around it")
-            failure.__cause__ = error
-            close = True
-            _log.error("op %r from %s: %s", self.op, comm.peer_address, failure, exc_info=error)
+            else:
+                failure = RuntimeError("the handler let a trio.Cancelled escape that belongs to no cancel scope around it")
+                failure.__cause__ = error
+                close = True
+                _log.error("op %r from %s: %s", self.op, comm.peer_address, failure, exc_info=error)
         finally:
             if request is not None:
                 self.server._statistics.in_flight -= 1
                 self._awaited = False
+                comm.after_read = None
                 self.request = None
                 if self._watching:
                     self._watching = False
@@ -388,7 +419,7 @@ class Connection:
 
     # -- answers -----------------------------------------------------------------------------------------------------------------
 
-    async def _send_failure(self, header: RequestHeader | None, error: Exception, *, started: bool = False) -> None:
+    async def _send_failure(self, header: RequestHeader | None, error: BaseException, *, started: bool = False) -> None:
         await self.comm.put(self._failure_message(header, error, started=started))
 
     def _failure_message(self, header: RequestHeader | None, error: BaseException, *, started: bool) -> Any:
@@ -434,8 +465,16 @@ def _cancelled_because(reason: str) -> HandlerCancelled:
     return error
 
 
+def _checked_families(names: object) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"the request's 'serializers' must be a list of family names, not a {type(names).__name__}")
+    return tuple(names)
+
+
 def _ends_the_server(error: BaseException) -> bool:
-    """Whether there is anything in it that is neither an Exception nor a Cancelled: KeyboardInterrupt, SystemExit."""
-    if isinstance(error, BaseExceptionGroup):
-        return any(map(_ends_the_server, error.exceptions))
-    return not isinstance(error, (Exception, trio.Cancelled))
+    """Whether there is a KeyboardInterrupt or SystemExit in it."""
+    return any(isinstance(leaf, (KeyboardInterrupt, SystemExit)) for leaf in leaves(error))
+
+
+def _has_cancelled(error: BaseException) -> bool:
+    return any(isinstance(leaf, trio.Cancelled) for leaf in leaves(error))

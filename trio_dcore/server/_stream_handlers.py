@@ -7,6 +7,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import trio
+
+from .._util import leaves
 from ..abc import Comm
 from ..errors import CommClosedError
 from ._handlers import Handler
@@ -14,6 +17,8 @@ from ._handlers import Handler
 __all__ = ["handle_stream"]
 
 _log = logging.getLogger("trio_dcore.server")
+
+_YIELD_MESSAGES = 16
 
 
 async def handle_stream(comm: Comm, handlers: Mapping[str, Handler], extra: Mapping[str, Any] | None = None) -> None:
@@ -30,6 +35,7 @@ async def handle_stream(comm: Comm, handlers: Mapping[str, Handler], extra: Mapp
 
     Cancellation: closes the comm; a message that was being handled is not handled again.
     """
+    handled = 0
     try:
         while True:
             batch = await comm.read()
@@ -41,6 +47,9 @@ async def handle_stream(comm: Comm, handlers: Mapping[str, Handler], extra: Mapp
                 if isinstance(message, dict) and message.get("op") == "close-stream":
                     return
                 await _handle(message, handlers, extra or {}, comm)
+                handled += 1
+                if handled % _YIELD_MESSAGES == 0:
+                    await trio.lowlevel.checkpoint()  # handlers that need no wait must not keep everybody else waiting
     except CommClosedError as error:
         _log.debug("a stream from %s ended: %s", comm.peer_address, error)
     finally:
@@ -65,5 +74,9 @@ async def _handle(message: object, handlers: Mapping[str, Handler], extra: Mappi
         result = handler(**arguments)
         if inspect.isawaitable(result):
             await result
-    except Exception:
+    except (KeyboardInterrupt, SystemExit, trio.Cancelled):
+        raise
+    except BaseException as error:
+        if any(isinstance(leaf, (KeyboardInterrupt, SystemExit, trio.Cancelled)) for leaf in leaves(error)):
+            raise
         _log.exception("the stream handler %r failed for a message from %s; the stream goes on", op, comm.peer_address)

@@ -14,7 +14,7 @@ from ._faults import FaultStream
 from ._leaks import LeakError, no_leaks
 from ._manual_peer import ManualPeer
 from ._memory import MemoryStream, memory_stream_pair
-from ._network import MemoryNetwork, memory_network
+from ._network import MemoryNetwork, MemoryStreamListener, memory_network
 from ._sweeps import SweepError, WireCut, cancel_sweep, wire_sweep
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ManualPeer",
     "MemoryNetwork",
     "MemoryStream",
+    "MemoryStreamListener",
     "SweepError",
     "WireCut",
     "cancel_sweep",
