@@ -22,6 +22,7 @@ from trio_dcore import (
     CommClosedError,
     HandlerCancelled,
     RemoteError,
+    Security,
     SerializationError,
     Server,
     Status,
@@ -392,6 +393,55 @@ async def test_c07_an_opted_in_reply_is_an_exit(wire: Wire) -> None:
             await outcome.of(remote.leave)
             assert is_harmless(outcome.error, value["type"]), outcome.error
             assert await remote.go_on() == "goes on"
+
+
+SPRUNG: list[str] = []
+
+
+def spring(how: str) -> SystemExit:
+    SPRUNG.append(how)
+    return SystemExit(7)
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def __reduce__(self) -> Any:
+        return spring, (self.how,)
+
+
+@reference("C07", "m t u l")
+async def test_c07_a_strangers_pickle_is_not_run(wire: Wire) -> None:
+    async def script(peer: ManualPeer) -> None:
+        await peer.handshake()
+        await peer.receive()
+        texts = {"traceback": None, "exception_text": "SystemExit(7)", "traceback_text": ""}
+        await peer.send({"status": "uncaught-error", "exception": pickle.dumps(Trap("plain")), **texts})
+
+    async def script_opted_in(peer: ManualPeer) -> None:
+        await peer.handshake(extension=True)
+        request = await peer.receive()
+        value = {
+            "code": "error",
+            "type": "builtins.SystemExit",
+            "message": "7",
+            "traceback": "",
+            "pickle": pickle.dumps(Trap("ours")),
+        }
+        await peer.send((ERROR, request[KEY]["id"], value))
+
+    for each in (script, script_opted_in):
+        for security, runs in ((Security(pickle="never"), False), (Security(pickle="always"), True)):
+            SPRUNG.clear()
+            async with scripted_server(wire, each) as address, wire.client(address, security=security) as remote:
+                outcome = Outcome()
+                await outcome.of(remote.leave)
+                # Once it is allowed the trap works, so that it proves something where it does not.
+                assert bool(SPRUNG) == runs
+                assert type(outcome.error) is RemoteError
 
 
 @reference("C07", "m i t u l")

@@ -238,7 +238,7 @@ async def test_d03_cancelled_between_the_slot_and_the_first_byte(wire: Wire) -> 
 
 
 # More than all the buffers on the way take, so that a writer is still at it, and how much of it has come through by then.
-LARGE = 64 * 2**20
+LARGE = 48 * 2**20
 BEGUN = 2**20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from tests.reference.kit import EXISTING, NAMES, Wire, covers, reference, run
+from tests.reference import kit
+from tests.reference.kit import EXISTING, NAMES, Wire, covers, is_loud, reference
 from tests.reference.test_d_calls_and_pool import counts_are_whole
 from trio_dcore import (
     CommClosedError,
@@ -145,8 +147,10 @@ def each_use(row: str, over: str) -> Callable[[Callable[[Wire, Use], Awaitable[N
     def decorate(body: Callable[[Wire, Use], Awaitable[None]]) -> Callable[..., None]:
         @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
         @pytest.mark.parametrize("transport", [pytest.param(each, id=NAMES[each]) for each in over.split() if each in EXISTING])
-        def test(transport: str, use: Use) -> None:
-            run(lambda wire: body(wire, use), transport)
+        def test(transport: str, use: Use, caplog: pytest.LogCaptureFixture) -> None:
+            caplog.set_level(logging.INFO)
+            kit.run(lambda wire: body(wire, use), transport, caplog)
+            assert not [record.getMessage() for record in caplog.records if is_loud(record)]
 
         test.__module__, test.__qualname__, test.__doc__ = body.__module__, body.__qualname__, body.__doc__
         return covers(row, over)(test)
@@ -565,4 +569,4 @@ def test_n03_cut_over_tcp(use: Use, side: str, how: Any) -> None:
                 after += 13
         assert after > 100
 
-    run(body, "t")
+    kit.run(body, "t")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 import re
 import sys
+import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,33 +22,32 @@ from tests.reference.controls import CONTROLS, Catch, Control
 from trio_dcore._util import leaves
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "shutdown-controls.md"
-# Where a broken server makes a test hang it is cancelled after so many seconds by its own clock ...
+# Where a broken server makes a test hang, that is ended after so many seconds: of virtual time, and of real time, which also passes
+# for a test that polls, so that virtual time stands still.
 VIRTUAL_PATIENCE = 100_000.0
-REAL_PATIENCE = 2.0
+PATIENCE = 2.0
 UNBROKEN_PATIENCE = 60.0
-# ... or, since a test that polls never lets virtual time pass, after so many steps of its tasks.
-STEPS = 50_000
 
 
-class Hang(AssertionError):
-    """A test that did not end by itself."""
+class RealTime(trio.abc.Instrument):
+    """Calls back, once, when a task makes a step after so many real seconds."""
 
-
-class StepLimit(trio.abc.Instrument):
-    """Cancels a scope when the tasks of the run have made so many steps."""
-
-    def __init__(self, scope: trio.CancelScope) -> None:
-        self.left = STEPS
-        self._scope = scope
+    def __init__(self, seconds: float, give_up: Callable[[], None]) -> None:
+        self._deadline = time.monotonic() + seconds
+        self._give_up = give_up
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self._scope.cancel(reason="too many steps")
+        if time.monotonic() > self._deadline:
+            self._deadline = math.inf
+            self._give_up()
 
 
 class Watch:
-    """In the place of ``kit.run``: a test that hangs is cancelled, and that is remembered."""
+    """In the place of ``kit.run``: a test that hangs is cancelled, and that is remembered.
+
+    Attributes:
+        hung: whether that has happened.
+    """
 
     def __init__(self, patience: float) -> None:
         self.hung = False
@@ -55,26 +56,26 @@ class Watch:
 
     def run(self, body: kit.Body, transport: str, log: Any = None, *, real: bool = False) -> None:
         async def watched(wire: kit.Wire) -> None:
+            def give_up() -> None:
+                self.hung = True
+                nursery.cancel_scope.cancel(reason="the test hangs")
+
+            async def wait() -> None:
+                await trio.sleep(VIRTUAL_PATIENCE if wire.virtual else self._patience)
+                give_up()
+
             # Not a cancel scope with a deadline: that would travel with every call.
             async with trio.open_nursery() as nursery:
-                limit = StepLimit(nursery.cancel_scope)
-                if wire.virtual:
-                    trio.lowlevel.add_instrument(limit)
-                nursery.start_soon(self._give_up, nursery, VIRTUAL_PATIENCE if wire.virtual else self._patience)
+                instrument = RealTime(self._patience, give_up)
+                trio.lowlevel.add_instrument(instrument)
+                nursery.start_soon(wait)
                 try:
                     await body(wire)
                 finally:
-                    if wire.virtual:
-                        trio.lowlevel.remove_instrument(limit)
-                    self.hung = self.hung or limit.left <= 0
+                    trio.lowlevel.remove_instrument(instrument)
                     nursery.cancel_scope.cancel()
 
         self._run(watched, transport, log, real=real)
-
-    async def _give_up(self, nursery: trio.Nursery, patience: float) -> None:
-        await trio.sleep(patience)
-        self.hung = True
-        nursery.cancel_scope.cancel(reason="the test hangs")
 
 
 @contextmanager
@@ -125,5 +126,5 @@ def test_is_caught(control: Control, caplog: pytest.LogCaptureFixture) -> None:
     for catch in control.catches:
         with pytest.MonkeyPatch.context() as patch:
             control.install(patch)
-            said = failure(catch, caplog, REAL_PATIENCE)
+            said = failure(catch, caplog, PATIENCE)
         print("@@", control.name, catch.test, catch.transport, "=>", said or "NOT CAUGHT")

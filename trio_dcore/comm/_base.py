@@ -88,16 +88,20 @@ class BaseComm(Comm):
         """Exchange handshakes.  The caller bounds the time and closes the comm if this fails."""
 
     @abstractmethod
-    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+    async def next_head(self, ahead: bool = False) -> tuple[object, list[Buffer] | None] | None:
         """Phase one of a read: (message with its payload markers in place, what :meth:`resolve` needs), None at a clean end.
 
         The second item is None where there is nothing to resolve: then the first is the whole message.  Delivers cancellation
         only where it waits; the caller sees to it otherwise.
+
+        Args:
+            ahead: nobody needs the message yet.  If the read is interrupted in the middle of it, the comm is not closed: what has
+                come is kept for the next read.
         """
 
     @abstractmethod
-    def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
-        """:meth:`write` with ``on_error="raise"``, as far as it needs no wait; for servers and clients.
+    def start(self, message: Any, serializers: Sequence[str] | None = None, on_error: str | None = None) -> Unsent | None:
+        """:meth:`write`, as far as it needs no wait; for servers and clients.  Here, ``on_error`` is "raise" by default.
 
         Returns None if the message is sent, which nearly every small one is then; else :meth:`finish` must be awaited with what
         is returned.  Not a checkpoint.  A comm that was closed here raises trio.ClosedResourceError.

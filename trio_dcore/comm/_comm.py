@@ -162,7 +162,7 @@ class FramedComm(BaseComm):
             decoder = Decoder(context, extensions=self._encoder.ctx.extensions)
         return decoder.resolve(frames)
 
-    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+    async def next_head(self, ahead: bool = False) -> tuple[object, list[Buffer] | None] | None:
         if self._reading:
             watch = self._watch
             if watch is None or not watch.reading:
@@ -202,7 +202,7 @@ class FramedComm(BaseComm):
             self._doom(f"reading from {self.peer_address} failed: {error}")
             raise self._closed_error() from error
         except BaseException:
-            if frames is not None or parser.mid_message:
+            if frames is not None or (parser.mid_message and not ahead):
                 self._doom("a read was interrupted in the middle of a message")
             raise
         finally:
@@ -268,10 +268,10 @@ class FramedComm(BaseComm):
         await checkpoint_if_cancelled()
         await self._transmit(self._encode(value, "message", None))
 
-    def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
-        encoder = self._encoder
-        frames = encoder.encode(message) if serializers is None else self._encode(message, "raise", serializers)
-        return self._start(frames)
+    def start(self, message: Any, serializers: Sequence[str] | None = None, on_error: str | None = None) -> Unsent | None:
+        if serializers is None and on_error is None:
+            return self._start(self._encoder.encode(message))
+        return self._start(self._encode(message, on_error or "raise", serializers))
 
     async def finish(self, unsent: Unsent) -> None:
         buffers, size, sent = unsent

@@ -1,13 +1,15 @@
 """One side of an opted-in request whose items travel as envelopes, under credit (docs/wire-extension.md, sections 5 and 6).
 
 Both ends use this class.  There is no task behind it: whoever needs something of the peer, the next item or credit to send, reads
-the comm, and hands what it finds to whoever waits for that.
+the comm, and hands what it finds to whoever waits for that.  A send that has to wait until the peer reads more needs something of
+it as well: the peer may itself wait in a send.  So both read meanwhile, what they find is kept, and the windows bound it; else
+traffic that the windows allow would stop for ever when both directions are full.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
@@ -35,7 +37,7 @@ from ..protocol._envelope import (
     parse_credit,
     parse_envelope,
 )
-from ._base import BaseComm
+from ._base import BaseComm, Unsent
 
 __all__ = ["Substream", "SubstreamComm"]
 
@@ -206,16 +208,19 @@ class Substream:
                     break
                 await self._read_one()
             self._credit_items -= 1
-            envelope = (ITEM, self.id, value)
+            comm = self._comm
+            before = comm.bytes_written
             try:
-                if on_error is None or on_error == "raise":
-                    size = await self._comm.put(envelope, serializers)
-                else:
-                    size = await self._comm.write(envelope, on_error=on_error, serializers=serializers)
+                unsent = comm.start((ITEM, self.id, value), serializers, on_error)
+                if unsent is not None:
+                    await self._finish(unsent)
             except BaseException:
                 self._credit_items += 1
                 raise
-            if not self._comm.by_reference:  # there, only items are counted
+            if comm.by_reference:  # there, only items are counted
+                size = 1
+            else:
+                size = comm.bytes_written - before if unsent is None else unsent[1]
                 self._credit_size -= size
         finally:
             self._end_sending()
@@ -227,9 +232,23 @@ class Substream:
         await checkpoint_if_cancelled()
         await self._begin_sending()
         try:
-            await self._comm.put((END, self.id, None))
+            unsent = self._comm.start((END, self.id, None))
+            if unsent is not None:
+                await self._finish(unsent)
         finally:
             self._end_sending()
+
+    async def _finish(self, unsent: Unsent) -> None:
+        """Send the rest of a message, and read until it is sent."""
+        _, size, sent = unsent
+        if sent == size or self._deaf:  # then it is for the peer to read
+            await self._comm.finish(unsent)
+        else:
+            await _while_reading(lambda: self._comm.finish(unsent), self._read_ahead)
+
+    async def _read_ahead(self) -> None:
+        while not self._deaf:  # behind that may stand what belongs to another request
+            await self._read_one(ahead=True)
 
     async def _begin_sending(self) -> None:
         """Wait for our turn: only when one item has left is it known what credit there is for the next."""
@@ -243,14 +262,14 @@ class Substream:
         else:
             self._sending = False
 
-    async def _read_one(self) -> None:
-        """Read one envelope, or wait until another task has."""
+    async def _read_one(self, ahead: bool = False) -> None:
+        """Read one envelope, or wait until another task has; ``ahead`` as for ``next_head``."""
         if self._reading:
             await self._turn.park()
             return
         self._reading = True
         try:
-            found = await self._comm.next_head()
+            found = await self._comm.next_head(ahead)
             if found is None:
                 raise CommClosedError(f"{self._comm.peer_address} closed the comm in the middle of a stream")
             head, frames = found
@@ -317,6 +336,46 @@ class Substream:
         last = len(values) - 1
         for index, value in enumerate(values):
             self._inbox.append((value, size if index == last else 0))
+
+
+async def _while_reading(write: Callable[[], Awaitable[None]], read: Callable[[], Awaitable[None]]) -> None:
+    """Write, and read until that is done.
+
+    Cancellation: is the write's.  The read must be one that may be interrupted at any time.
+
+    Raises what the first of the two raised; the other, whose failure would only be a consequence, is cancelled.
+    """
+    failure: BaseException | None = None
+    writing = trio.CancelScope()
+    reading = trio.CancelScope(shield=True)  # so that an error that follows from the write's cancellation doesn't replace it
+
+    def note(error: BaseException) -> None:
+        nonlocal failure
+        if failure is None or not isinstance(error, (Exception, trio.Cancelled)):  # KeyboardInterrupt wins
+            failure = error
+
+    async def read_on() -> None:
+        try:
+            with reading:
+                await read()
+        except BaseException as error:
+            note(error)
+            writing.cancel(reason="reading meanwhile has failed")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_on)
+        # Not a task of its own: nothing may come between the part of the message that is sent and its rest.
+        try:
+            with writing:
+                await write()
+        except BaseException as error:
+            note(error)
+        reading.cancel(reason="the message is sent")
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            failure = None  # it refers to this frame
 
 
 _CLOSED_HERE = "this comm was closed here"

@@ -1,0 +1,636 @@
+"""Items and credit on one opted-in request, over both transports and a scripted peer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from trio_dcore import CommClosedError, LocalProtocolError, RemoteProtocolError, SerializationError, to_serialize
+from trio_dcore.abc import CommSettings
+from trio_dcore.comm import Substream, SubstreamComm, get_transport, parse_address
+from trio_dcore.protocol._envelope import CANCEL, END, ERROR, GOODBYE, ITEM, ITEMS, PING, PONG, REPLY, WINDOW, Credit
+from trio_dcore.testing import cancel_sweep, no_leaks
+
+
+@asynccontextmanager
+async def comms(where: str) -> AsyncIterator[tuple[Any, Any]]:
+    """Two connected comms behind their handshakes."""
+    scheme, location = parse_address(where)
+    transport = get_transport(scheme)
+    (listener,) = await transport.listen(location, CommSettings())
+    ours: Any = await transport.connect(parse_address(listener.contact_address)[1], CommSettings())
+    theirs: Any = await listener.accept()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.handshake)
+        nursery.start_soon(theirs.handshake)
+    try:
+        with trio.fail_after(10):
+            yield ours, theirs
+    finally:
+        ours.abort()
+        theirs.abort()
+        listener.close()
+
+
+def ended(kind: int, value: object) -> Exception | None:
+    if kind in (CANCEL, ERROR):
+        return CommClosedError("cancelled") if kind == CANCEL else ValueError(value)
+    if kind == GOODBYE:
+        raise RemoteProtocolError("no goodbye")
+    return None
+
+
+WIDE = Credit(16, 2**20)
+
+
+def substream(comm: Any, id: int = 5, *, credit: Credit = WIDE, window: Credit = WIDE, **options: Any) -> Substream:
+    return Substream(comm, id, credit=credit, window=window, on_end=ended, **options)
+
+
+async def read(comm: Any) -> tuple[Any, ...]:
+    return tuple(await comm.read())
+
+
+class TestReceiving:
+    async def test_item_and_items(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            await theirs.write((ITEM, 5, "a"))
+            await theirs.write((ITEMS, 5, ("b", "c")))
+            await theirs.write((END, 5, None))
+            assert [await stream.receive() for _ in range(3)] == ["a", "b", "c"]
+            assert not stream.ended
+            for _ in range(2):
+                with pytest.raises(trio.EndOfChannel):
+                    await stream.receive()
+            assert stream.ended
+            assert stream.drained
+
+    async def test_an_end_that_is_found_while_items_wait(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 1))
+            await theirs.write((ITEM, 5, "a"))
+            await theirs.write((ERROR, 5, "text"))
+            with pytest.raises(CommClosedError, match="takes no more items"):
+                await stream.send("x")  # reads both
+            assert stream.ended
+            assert not stream.drained
+            assert await stream.receive() == "a"
+            assert stream.drained
+            with pytest.raises(ValueError, match="text"):
+                await stream.receive()
+
+    async def test_what_is_left_over_and_what_was_never_made(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            for kind in (ITEM, END, WINDOW, PING, REPLY, CANCEL):
+                await theirs.write((kind, 4, None))
+            await theirs.write((ITEM, 5, "a"))
+            assert await stream.receive() == "a"
+            await theirs.write((ITEM, 6, "b"))
+            with pytest.raises(RemoteProtocolError, match="request 6 while 5 is the last"):
+                await stream.receive()
+            assert ours.closed()
+
+    @pytest.mark.parametrize(
+        "message",
+        [(ITEMS, 5, ()), (ITEMS, 5, "text"), (WINDOW, 5, None), (GOODBYE, 5, None), (GOODBYE, 4, None), (77, 5, None), "text", {"op": "x"}, (1,)],
+    )
+    async def test_what_is_no_envelope_closes_the_comm(self, message: Any, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            await theirs.write(message)
+            with pytest.raises(RemoteProtocolError):
+                await stream.receive()
+            assert ours.closed()
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.receive()
+
+    async def test_a_ping_is_answered(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            await theirs.write((PING, 5, None))
+            await theirs.write((PONG, 5, None))
+            await theirs.write((ITEM, 5, "a"))
+            assert await stream.receive() == "a"
+            assert await read(theirs) == (PONG, 5, None)
+
+    async def test_a_map_where_it_is_allowed(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, on_map=lambda message: LookupError(message["status"]))
+            await theirs.write({"status": "broken"})
+            for _ in range(2):
+                with pytest.raises(LookupError, match="broken"):
+                    await stream.receive()
+            assert stream.ended
+            assert stream.deaf
+
+    async def test_the_peer_goes(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            theirs.abort()
+            with pytest.raises(CommClosedError, match="in the middle of a stream"):
+                await stream.receive()
+
+    async def test_cancelled_it_loses_nothing(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(stream.receive)
+                    await wait_all_tasks_blocked(0.01)
+                    scope.cancel()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await theirs.write((ITEM, 5, "not written"))
+            await theirs.write((ITEM, 5, "a"))
+            assert await stream.receive() == "a"
+
+    async def test_an_item_that_can_not_be_read(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, window=Credit(4, 2**20), credit=Credit(0, 1))
+            bad = {"__Serialized__": 1}  # of the family "error": the sender's
+            for _ in range(3):
+                await theirs.write((ITEM, 5, to_serialize(lock)), serializers=["msgpack"])
+                with pytest.raises(TypeError):
+                    await stream.receive()
+            assert bad
+            await theirs.write((ITEM, 5, "good"))
+            assert await stream.receive() == "good"
+            # It counts as an item, and its credit comes back.
+            assert (await read(theirs))[0] == WINDOW
+            # Whoever finds it while it waits for credit isn't told: it is none of its business.
+            await theirs.write((ITEM, 5, to_serialize(lock)), serializers=["msgpack"])
+            await theirs.write((WINDOW, 5, (1, 0)))
+            await stream.send("x")
+            with pytest.raises(TypeError):
+                await stream.receive()
+
+    async def test_items_that_can_not_be_read(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours)
+            await theirs.write((ITEMS, 5, ("good", to_serialize(lock))), serializers=["msgpack"])
+            await theirs.write((ITEM, 5, "next"))
+            for _ in range(2):
+                with pytest.raises(TypeError):
+                    await stream.receive()
+            assert await stream.receive() == "next"
+
+    async def test_an_end_that_can_not_be_read(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours)
+            await theirs.write((REPLY, 5, to_serialize(lock)), serializers=["msgpack"])
+            for _ in range(2):
+                with pytest.raises(TypeError):
+                    await stream.receive()
+            assert stream.ended
+
+    async def test_a_map_that_can_not_be_read(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, on_map=lambda message: LookupError())
+            await theirs.write({"status": to_serialize(lock)}, serializers=["msgpack"])
+            with pytest.raises(TypeError):
+                await stream.receive()
+
+
+lock = trio.Lock()  # what msgpack has no form for
+
+
+class TestWindow:
+    async def test_credit_comes_back_when_half_has_been_taken(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, window=Credit(4, 2**20))
+            for i in range(4):
+                await theirs.write((ITEM, 5, i))
+            size = 0 if where.startswith("inproc") else 28
+            assert await stream.receive() == 0
+            assert await stream.receive() == 1
+            assert await read(theirs) == (WINDOW, 5, (2, 2 * size))
+            assert [await stream.receive() for _ in range(2)] == [2, 3]
+            assert await read(theirs) == (WINDOW, 5, (2, 2 * size))
+
+    async def test_by_bytes(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, window=Credit(100, 10_000))
+            size = await theirs.write((ITEM, 5, bytes(6000)))
+            assert await stream.receive() == bytes(6000)
+            assert await read(theirs) == (WINDOW, 5, (1, size))
+
+    async def test_the_size_is_that_of_the_whole_message(self) -> None:
+        """Also where it has many frames: what the sender has counted is what the receiver gives back."""
+        import numpy
+
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, window=Credit(2, 2**30))
+            sender = substream(theirs)
+            sizes = []
+            for size in (1, 1000, 100_000, 300_000):
+                async with trio.open_nursery() as nursery:
+
+                    async def send(size: int = size) -> None:
+                        sizes.append(await sender.send(numpy.zeros(size)))
+
+                    nursery.start_soon(send)
+                    await stream.receive()
+                assert await read(theirs) == (WINDOW, 5, (1, sizes[-1]))
+
+    async def test_none_is_given_behind_the_end(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, window=Credit(2, 2**20), credit=Credit(0, 1))
+            await theirs.write((ITEM, 5, "a"))
+            await theirs.write((END, 5, None))
+            with pytest.raises(CommClosedError):
+                await stream.send("x")
+            assert await stream.receive() == "a"
+            await ours.write("nothing before this")
+            assert await theirs.read() == "nothing before this"
+
+    async def test_too_much(self, where: str) -> None:
+        for messages in ([(ITEM, 5, i) for i in range(5)], [(ITEMS, 5, tuple(range(5)))], [(ITEM, 5, 1), (ITEMS, 5, (2, 3, 4, 5))]):
+            async with comms(where) as (ours, theirs):
+                stream = substream(ours, window=Credit(4, 2**20), credit=Credit(0, 1))
+                for message in messages:
+                    await theirs.write(message)
+                with pytest.raises(RemoteProtocolError, match="more items than the stream's window"):
+                    await stream.send("x")  # reads all of them, and takes none
+                assert ours.closed()
+
+    async def test_too_many_bytes(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, window=Credit(100, 1000), credit=Credit(0, 1))
+            await theirs.write((ITEM, 5, bytes(5000)))  # the last may overdraw
+            await theirs.write((ITEM, 5, b""))
+            with pytest.raises(RemoteProtocolError, match="more items than the stream's window"):
+                await stream.send("x")
+
+    async def test_behind_the_end(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 1), half_close=True)
+            await theirs.write((END, 5, None))
+            await theirs.write((ITEM, 5, "a"))
+            with pytest.raises(RemoteProtocolError, match="behind the end"):
+                await stream.send("x")
+
+    async def test_credit_that_can_not_be_given_now_is_given_later(self, where: str) -> None:
+        """Somebody is in the middle of a large message, which the peer doesn't read yet."""
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, window=Credit(2, 2**20))
+            for i in range(2):
+                await theirs.write((ITEM, 5, i))
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(ours.write, bytes(1_000_000))
+                await wait_all_tasks_blocked(0.01)
+                assert [await stream.receive() for _ in range(2)] == [0, 1]
+                found = 0
+                messages = [await theirs.read() for _ in range(22)]
+            for message in messages:
+                if not isinstance(message, bytes):
+                    kind, identity, (items, _size) = message
+                    assert (kind, identity) == (WINDOW, 5)
+                    found += items
+            assert found == 2
+
+    async def test_too_much_is_owed(self, where: str) -> None:
+        """Then it is tried again with the next item; that the comm has gone is told by the next read."""
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, window=Credit(2, 2**20))
+            for i in range(2):
+                await theirs.write((ITEM, 5, i))
+            cls = type(ours)
+            original = cls.write_soon
+            answers: list[Any] = [False, None]
+
+            def write_soon(comm: Any, message: Any) -> Any:
+                answer = answers.pop(0) if comm is ours and answers else None
+                return original(comm, message) if answer is None else answer
+
+            cls.write_soon = write_soon
+            try:
+                assert [await stream.receive() for _ in range(2)] == [0, 1]
+            finally:
+                cls.write_soon = original
+            assert (await read(theirs))[2][0] == 2
+
+    async def test_the_peer_has_gone_when_credit_is_given(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, window=Credit(2, 2**20))
+            await theirs.write((ITEMS, 5, (1, 2)))
+            assert await stream.receive() == 1
+            ours.abort()
+            assert await stream.receive() == 2
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.receive()
+
+
+class TestSending:
+    async def test_under_credit(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(2, 2**20))
+            sent: list[int] = []
+
+            async def send() -> None:
+                for i in range(5):
+                    await stream.send(i)
+                    sent.append(i)
+                await stream.send_end()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                await wait_all_tasks_blocked(0.01)
+                assert sent == [0, 1]
+                await theirs.write((WINDOW, 5, (1, 0)))
+                await wait_all_tasks_blocked(0.01)
+                assert sent == [0, 1, 2]
+                await theirs.write((WINDOW, 5, (0, 100)))
+                await theirs.write((WINDOW, 5, (100, 100)))
+                assert [await read(theirs) for _ in range(6)] == [(ITEM, 5, i) for i in range(5)] + [(END, 5, None)]
+            assert stream.items_sent == 5
+
+    async def test_bytes_may_be_overdrawn_once(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, credit=Credit(100, 1000))
+            size = await stream.send(bytes(5000))
+            assert size > 5000
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(stream.send, b"")
+                    await wait_all_tasks_blocked(0.01)
+                    scope.cancel()
+            assert scope.cancelled_caught
+            await theirs.write((WINDOW, 5, (0, size - 1000)))
+            await theirs.write((WINDOW, 5, (0, 1)))
+            await stream.send(b"")
+            assert [(await read(theirs))[2] for _ in range(2)] == [bytes(5000), b""]
+
+    async def test_over_inproc_only_items_are_counted(self) -> None:
+        async with comms("inproc://") as (ours, theirs):
+            stream = substream(ours, credit=Credit(10, 1))
+            for i in range(10):
+                assert await stream.send(i) == 1
+            assert [(await read(theirs))[2] for _ in range(10)] == list(range(10))
+
+    async def test_what_can_not_be_sent_costs_nothing(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, credit=Credit(1, 2**20))
+            for on_error in (None, "raise"):
+                with pytest.raises(SerializationError):
+                    await stream.send((i for i in ()), on_error=on_error)
+            assert stream.items_sent == 0
+            await stream.send("a")
+            assert await read(theirs) == (ITEM, 5, "a")
+
+    async def test_serializers_and_on_error(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours)
+            with pytest.raises(SerializationError):
+                await stream.send(to_serialize(lock), serializers=["msgpack"])
+            await stream.send(to_serialize(lock), serializers=["msgpack"], on_error="message")
+            with pytest.raises(TypeError):
+                await theirs.read()
+            await stream.send(to_serialize((1, "a")), serializers=["msgpack"])
+            assert await read(theirs) == (ITEM, 5, (1, "a"))
+
+    @pytest.mark.parametrize(("kind", "half_close", "deaf"), [(END, True, False), (END, False, True), (CANCEL, True, True), (REPLY, False, True)])
+    async def test_behind_the_peers_end(self, kind: int, half_close: bool, deaf: bool, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, half_close=half_close, credit=Credit(3, 2**20))
+            await theirs.write((kind, 5, None))
+            with pytest.raises((trio.EndOfChannel, CommClosedError)):
+                await stream.receive()
+            assert stream.deaf is deaf
+            if deaf:
+                with pytest.raises(CommClosedError, match="takes no more items"):
+                    await stream.send("a")
+                assert stream.items_sent == 0
+            else:
+                for i in range(3):
+                    await stream.send(i)
+                await theirs.write((WINDOW, 5, (1, 1)))
+                await stream.send(3)
+                assert [(await read(theirs))[2] for _ in range(4)] == [0, 1, 2, 3]
+            await stream.send_end()
+            assert await read(theirs) == (END, 5, None)
+
+    async def test_who_waits_for_credit_hears_of_the_end(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 1))
+
+            async def send() -> None:
+                with pytest.raises(CommClosedError, match="takes no more items") as caught:
+                    await stream.send("a")
+                assert isinstance(caught.value.__cause__, ValueError)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                await wait_all_tasks_blocked(0.01)
+                await theirs.write((ERROR, 5, "why"))
+
+    async def test_in_order_of_coming(self, where: str) -> None:
+        """Tasks that wait for credit, and one that ends the stream behind them."""
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 1))
+            async with trio.open_nursery() as nursery:
+                for i in range(4):
+                    nursery.start_soon(stream.send, i)
+                    await wait_all_tasks_blocked(0.001)
+                nursery.start_soon(stream.send_end)
+                await wait_all_tasks_blocked(0.001)
+                await theirs.write((WINDOW, 5, (100, 100)))
+                assert [await read(theirs) for _ in range(5)] == [*((ITEM, 5, i) for i in range(4)), (END, 5, None)]
+
+    async def test_the_turn_of_one_that_is_cancelled_goes_on(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 1))
+            scopes = [trio.CancelScope() for _ in range(3)]
+
+            async def send(i: int) -> None:
+                with scopes[i]:
+                    await stream.send(i)
+
+            async with trio.open_nursery() as nursery:
+                for i in range(3):
+                    nursery.start_soon(send, i)
+                    await wait_all_tasks_blocked(0.001)
+                scopes[1].cancel()  # it waits for its turn
+                await wait_all_tasks_blocked(0.001)
+                scopes[0].cancel()  # it has it, and waits for credit
+                await wait_all_tasks_blocked(0.001)
+                await theirs.write((WINDOW, 5, (1, 1)))
+                assert await read(theirs) == (ITEM, 5, 2)
+
+    async def test_many_large_ones_keep_to_their_credit(self) -> None:
+        """What one has cost is known only when it has left; so the next waits for that."""
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            stream = substream(ours, credit=Credit(16, 100_000))
+            receiver = substream(theirs, window=Credit(16, 100_000))
+            async with trio.open_nursery() as nursery:
+                for i in range(8):
+                    nursery.start_soon(stream.send, bytes([i]) * 5_000_000)
+                assert sorted([(await receiver.receive())[0] for _ in range(8)]) == list(range(8))
+
+    async def test_a_receiver_reads_for_a_sender_and_the_reverse(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 1))
+            found: list[Any] = []
+
+            async def receive() -> None:
+                found.append(await stream.receive())
+
+            for first, second in ((receive, lambda: stream.send("x")), (lambda: stream.send("x"), receive)):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(first)
+                    await wait_all_tasks_blocked(0.001)
+                    nursery.start_soon(second)
+                    await wait_all_tasks_blocked(0.001)
+                    await theirs.write((WINDOW, 5, (1, 1)))
+                    await theirs.write((ITEM, 5, "y"))
+                    while (await read(theirs))[0] != ITEM:
+                        pass
+            assert found == ["y", "y"]
+
+    async def test_a_reader_that_is_cancelled_leaves_it_to_the_next(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 1))
+            scope = trio.CancelScope()
+
+            async def receive() -> None:
+                with scope:
+                    await stream.receive()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                await wait_all_tasks_blocked(0.001)
+                nursery.start_soon(stream.send, "x")
+                await wait_all_tasks_blocked(0.001)
+                scope.cancel()
+                await wait_all_tasks_blocked(0.001)
+                await theirs.write((WINDOW, 5, (1, 1)))
+                assert await read(theirs) == (ITEM, 5, "x")
+
+    async def test_cancelled_at_every_step(self, where: str) -> None:
+        async def scenario() -> None:
+            async with comms(where) as (ours, theirs), trio.open_nursery() as nursery:
+                a, b = substream(ours, credit=Credit(2, 2**20)), substream(theirs, window=Credit(2, 2**20))
+
+                async def send() -> None:
+                    for i in range(6):
+                        await a.send(i)
+                    await a.send_end()
+
+                nursery.start_soon(send)
+                for i in range(6):
+                    assert await b.receive() == i
+                with pytest.raises(trio.EndOfChannel):
+                    await b.receive()
+
+        assert await cancel_sweep(scenario) > 10
+
+
+class TestSubstreamComm:
+    """What a handler gets as ``comm``."""
+
+    async def test_is_a_comm(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            view = SubstreamComm(substream(ours, half_close=True), ours)
+            assert (view.local_address, view.peer_address, view.peer) == (ours.local_address, ours.peer_address, ours.peer)
+            assert repr(view) == f"<stream 5 on {ours!r}>"
+            assert not view.closed()
+            await view.write("a")
+            await view.send("b")
+            assert [await read(theirs) for _ in range(2)] == [(ITEM, 5, "a"), (ITEM, 5, "b")]
+            for item in ("c", "d", "e"):
+                await theirs.write((ITEM, 5, item))
+            await theirs.write((END, 5, None))
+            assert await view.read() == "c"
+            assert await view.receive() == "d"
+            assert [item async for item in view] == ["e"]
+            with pytest.raises(CommClosedError, match="the client has ended its side"):
+                await view.read()
+            with pytest.raises(trio.EndOfChannel):
+                await view.receive()
+            await view.write("f")
+            assert await read(theirs) == (ITEM, 5, "f")
+
+    async def test_writes_as_a_comm_does(self) -> None:
+        async with comms("tcp://127.0.0.1:0") as (ours, theirs):
+            view = SubstreamComm(substream(ours), ours)
+            assert await view.write(b"a" * 100) > 100
+            assert (await read(theirs))[2] == b"a" * 100
+            with pytest.raises(SerializationError):
+                await view.write(to_serialize(lock), serializers=["msgpack"], on_error="raise")
+            with pytest.raises(ValueError, match="on_error"):
+                await view.write("a", on_error="nonsense")
+            await view.write(to_serialize(lock), serializers=["msgpack"])
+            with pytest.raises(TypeError):
+                await theirs.read()
+
+    async def test_closed(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            view = SubstreamComm(substream(ours), ours)
+            await view.aclose()
+            await view.close()
+            assert view.closed()
+            for operation in (view.read, lambda: view.write(1)):
+                with pytest.raises(CommClosedError, match="closed here"):
+                    await operation()
+            for operation in (view.receive, lambda: view.send(1)):
+                with pytest.raises(trio.ClosedResourceError, match="closed here"):
+                    await operation()
+            view.detach()
+            assert not ours.closed()
+            await ours.write("the connection lives")
+            assert await theirs.read() == "the connection lives"
+
+    async def test_detached(self, where: str) -> None:
+        async with comms(where) as (ours, _theirs):
+            view = SubstreamComm(substream(ours), ours)
+            view.detach()
+            assert view.closed()
+            with pytest.raises(CommClosedError, match="the request that this comm belonged to has ended"):
+                await view.read()
+            await view.aclose()
+            with pytest.raises(trio.ClosedResourceError, match="has ended"):
+                await view.receive()
+
+    async def test_aborted(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            view = SubstreamComm(substream(ours), ours)
+            view.abort()
+            assert view.closed()
+            assert ours.closed()
+            with pytest.raises(CommClosedError):
+                await theirs.read()
+
+    async def test_the_connection_is_closed_here(self, where: str) -> None:
+        async with comms(where) as (ours, _theirs):
+            view = SubstreamComm(substream(ours), ours)
+            ours.abort()
+            assert view.closed()
+            for operation in (view.read, lambda: view.write(1)):
+                with pytest.raises(CommClosedError):
+                    await operation()
+            for operation in (view.receive, lambda: view.send(1)):
+                with pytest.raises(trio.ClosedResourceError):
+                    await operation()
+
+    async def test_where_one_reply_is_awaited(self, where: str) -> None:
+        async with comms(where) as (ours, _theirs):
+            view = SubstreamComm(substream(ours), ours, "nothing can be written")
+            for operation in (lambda: view.write(1), lambda: view.send(1)):
+                with pytest.raises(LocalProtocolError, match="nothing can be written"):
+                    await operation()
+
+    async def test_a_second_reader(self, where: str) -> None:
+        async with no_leaks(), comms(where) as (ours, _theirs), trio.open_nursery() as nursery:
+            view = SubstreamComm(substream(ours), ours)
+            nursery.start_soon(view.read)
+            await wait_all_tasks_blocked(0.01)
+            with pytest.raises(trio.BusyResourceError):
+                await view.read()
+            nursery.cancel_scope.cancel()
