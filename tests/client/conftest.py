@@ -35,29 +35,31 @@ def scripted() -> Scripted:
     async def serve(where: str, script: Script, *, patience: float = 10.0) -> AsyncIterator[str]:
         scheme, location = parse_address(where)
         (listener,) = await get_transport(scheme).listen(location, CommSettings())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_too_slow, patience)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_too_slow, patience)
 
-            async def accept() -> None:
-                number = 0
-                while True:
-                    comm = await listener.accept()
-                    number += 1
-                    nursery.start_soon(run, comm, number)
+                async def accept() -> None:
+                    number = 0
+                    while True:
+                        comm = await listener.accept()
+                        number += 1
+                        nursery.start_soon(run, comm, number)
 
-            async def run(comm: Any, number: int) -> None:
-                try:
-                    await comm.handshake()
-                    await script(comm, number)
-                except CommClosedError:
-                    pass  # the client has gone
-                finally:
-                    comm.abort()
+                async def run(comm: Any, number: int) -> None:
+                    try:
+                        await comm.handshake()
+                        await script(comm, number)
+                    except CommClosedError:
+                        pass  # the client has gone
+                    finally:
+                        comm.abort()
 
-            nursery.start_soon(accept)
-            yield listener.contact_address
-            nursery.cancel_scope.cancel()
-        listener.close()
+                nursery.start_soon(accept)
+                yield listener.contact_address
+                nursery.cancel_scope.cancel()
+        finally:
+            listener.close()
 
     return serve
 

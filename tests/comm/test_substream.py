@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -22,19 +22,18 @@ async def comms(where: str) -> AsyncIterator[tuple[Any, Any]]:
     """Two connected comms behind their handshakes."""
     scheme, location = parse_address(where)
     transport = get_transport(scheme)
-    (listener,) = await transport.listen(location, CommSettings())
-    ours: Any = await transport.connect(parse_address(listener.contact_address)[1], CommSettings())
-    theirs: Any = await listener.accept()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ours.handshake)
-        nursery.start_soon(theirs.handshake)
-    try:
+    with ExitStack() as stack:
+        (listener,) = await transport.listen(location, CommSettings())
+        stack.callback(listener.close)
+        ours: Any = await transport.connect(parse_address(listener.contact_address)[1], CommSettings())
+        stack.callback(ours.abort)
+        theirs: Any = await listener.accept()
+        stack.callback(theirs.abort)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ours.handshake)
+            nursery.start_soon(theirs.handshake)
         with trio.fail_after(10):
             yield ours, theirs
-    finally:
-        ours.abort()
-        theirs.abort()
-        listener.close()
 
 
 def ended(kind: int, value: object) -> Exception | None:
@@ -222,22 +221,26 @@ class TestWindow:
             assert await read(theirs) == (WINDOW, 5, (1, size))
 
     async def test_the_size_is_that_of_the_whole_message(self) -> None:
-        """Also where it has many frames: what the sender has counted is what the receiver gives back."""
+        """Also where it has many frames: what the sender has counted is what the receiver gives back, to the byte."""
         import numpy
 
         async with comms("tcp://127.0.0.1:0") as (ours, theirs):
-            stream = substream(ours, window=Credit(2, 2**30))
-            sender = substream(theirs)
-            sizes = []
-            for size in (1, 1000, 100_000, 300_000):
-                async with trio.open_nursery() as nursery:
+            window = Credit(2, 3_000_000)
+            receiver, sender = substream(ours, window=window), substream(theirs, credit=window)
+            sizes = (1, 1000, 100_000, 300_000)
+            async with trio.open_nursery() as nursery:
 
-                    async def send(size: int = size) -> None:
-                        sizes.append(await sender.send(numpy.zeros(size)))
+                async def send() -> None:
+                    for size in sizes:
+                        await sender.send(numpy.zeros(size))
 
-                    nursery.start_soon(send)
-                    await stream.receive()
-                assert await read(theirs) == (WINDOW, 5, (1, sizes[-1]))
+                nursery.start_soon(send)
+                for size in sizes:
+                    assert (await receiver.receive()).size == size
+            await ours.write((END, 5, None))
+            with pytest.raises(trio.EndOfChannel):
+                await sender.receive()  # reads all that was granted
+            assert (sender._credit_items, sender._credit_size) == (2, 3_000_000)
 
     async def test_none_is_given_behind_the_end(self, where: str) -> None:
         async with comms(where) as (ours, theirs):
@@ -488,7 +491,7 @@ class TestSending:
                     await wait_all_tasks_blocked(0.001)
                     nursery.start_soon(second)
                     await wait_all_tasks_blocked(0.001)
-                    await theirs.write((WINDOW, 5, (1, 1)))
+                    await theirs.write((WINDOW, 5, (1, 100)))
                     await theirs.write((ITEM, 5, "y"))
                     while (await read(theirs))[0] != ITEM:
                         pass
@@ -512,6 +515,25 @@ class TestSending:
                 await wait_all_tasks_blocked(0.001)
                 await theirs.write((WINDOW, 5, (1, 1)))
                 assert await read(theirs) == (ITEM, 5, "x")
+
+    @pytest.mark.parametrize("half_close", [True, False])
+    async def test_an_end_that_has_to_wait(self, half_close: bool) -> None:
+        """Behind a server's end comes the next request, which is not for the stream to read."""
+        async with comms("inproc://") as (ours, theirs), trio.open_nursery() as nursery:
+            stream = substream(ours, half_close=half_close)
+            while ours.write_nowait("what fills it up"):
+                pass
+            nursery.start_soon(stream.send_end)
+            await wait_all_tasks_blocked()
+            assert ours.reading is not half_close
+            if half_close:
+                await theirs.write({"op": "the next"})
+            while (message := await theirs.read()) == "what fills it up":
+                pass
+            assert message == (END, 5, None)
+            if half_close:
+                await wait_all_tasks_blocked()
+                assert await ours.read() == {"op": "the next"}
 
     async def test_cancelled_at_every_step(self, where: str) -> None:
         async def scenario() -> None:

@@ -158,7 +158,7 @@ async def test_a05_no_request_is_started_while_draining(wire: Wire) -> None:
     journal = Journal()
     calls: list[object] = []
     outcome = Outcome()
-    handlers = {"work": journal.handler(1, wire), "late": calls.append, "add": add}
+    handlers = {"work": journal.handler(1, wire), "late": lambda object: calls.append(object), "add": add}
     async with wire.server(handlers) as (server, address), trio.open_nursery() as nursery:
         busy, waiting, patient = (rpc(address) for _ in range(3))
         for remote in (waiting, patient):

@@ -1,7 +1,8 @@
 """``inproc://``: comms inside one trio run.  Objects are passed, not bytes; lists stay lists.
 
 Only the wrappers ``Serialize``, ``ToPickle`` and the like are taken off, as Dask does; with ``deserialize=False`` only those that
-say pickle, which is what that means on every comm.  Back-pressure is a count of messages.
+say pickle, which is what that means on every comm.  What may be in them is looked at in the second phase of a read, as everywhere.
+Back-pressure is a count of messages.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import trio
 from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_cancelled
 
 from ..abc import CommSettings, Listener, Peer, Transport
-from ..errors import AddressError, CommClosedError, SerializationError
+from ..errors import AddressError, CommClosedError, SerializationError, UnsafePayload
+from ..protocol._buffers import nbytes
+from ..protocol._compression import Budget
 from ..protocol._context import Buffer, DecodeContext
 from ..protocol._envelope import GOODBYE
 from ..protocol._families import deserialize, unpickle_parts
 from ..protocol._handshake import FEATURES, Extension
+from ..protocol._markers import at, find_path
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
 from ._base import BaseComm, Unsent
 
@@ -31,8 +35,10 @@ _CAPACITY = 16
 _YIELD_MESSAGES = 16
 _BACKLOG = 2048
 
-_WRAPPERS = frozenset({Serialize, Serialized, ToPickle, Pickled})
-_LOOKED_INTO = _WRAPPERS | {dict, list, tuple}
+_CONTAINERS = frozenset({dict, list, tuple})
+_PICKLES = frozenset({ToPickle, Pickled})
+_WRAPPERS = _PICKLES | {Serialize, Serialized}
+_OF_INTEREST = _CONTAINERS | _WRAPPERS
 
 # Addresses are names within one run: two runs, in two threads or one after the other, don't see each other.
 _listeners: trio.lowlevel.RunVar[dict[str, InprocListener]] = trio.lowlevel.RunVar("trio_dcore.inproc")
@@ -71,6 +77,7 @@ class InprocComm(BaseComm):
         "_unwaited",
         "_wake_reader",
         "_wake_writer",
+        "_wrappers",
     )
 
     by_reference = True
@@ -89,6 +96,7 @@ class InprocComm(BaseComm):
         self._peer_closed = False
         self._unwaited = 0
         self._on_hangup: Callable[[], None] | None = None
+        self._wrappers = _WRAPPERS if settings.deserialize else _PICKLES  # those that are taken off
 
     @property
     def on_hangup(self) -> Callable[[], None] | None:
@@ -117,7 +125,7 @@ class InprocComm(BaseComm):
         self.extension = Extension(version=1, features=frozenset(FEATURES), window=window, pooled=pooled)
         await trio.lowlevel.checkpoint()
 
-    async def next_head(self) -> tuple[object, list[Buffer] | None] | None:
+    async def next_head(self, ahead: bool = False) -> tuple[object, list[Buffer] | None] | None:
         if self._reading:
             raise trio.BusyResourceError("another task is reading this comm")
         self._reading = True
@@ -137,10 +145,28 @@ class InprocComm(BaseComm):
         self._other._wake_writer.unpark()
         self.messages_read += 1
         await self._yield_sometimes()
-        return self._unwrapped(message), None
+        return message, [message] if _holds(message, self._wrappers) else None
 
     def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
-        raise AssertionError("inproc messages have no payload frames")  # pragma: no cover - next_head never gives any
+        (message,) = frames
+        found, containers = _survey(message, self._wrappers)
+        budget = Budget(
+            lambda: self.settings.limits.message_trusted,
+            sum(nbytes(frame) for wrapper in found if isinstance(wrapper, (Serialized, Pickled)) for frame in wrapper.frames),
+        )
+        new: dict[int, Any] = {}
+        for wrapper in found:
+            try:
+                new[id(wrapper)] = self._payload(wrapper, budget, deserializers)
+            except UnsafePayload as error:
+                path = _path(message, wrapper) + error.field
+                raise UnsafePayload(at(path, f"{error}; see Security(pickle=...)"), field=path) from error
+            except SerializationError as error:
+                path = _path(message, wrapper) + error.path
+                raise SerializationError(at(path, str(error)), path=path) from error
+        for container in containers:
+            _rebuild(container, new)
+        return new.get(id(message), message)
 
     def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
         self.on_hangup = on_end
@@ -159,7 +185,7 @@ class InprocComm(BaseComm):
         await checkpoint_if_cancelled()
         await self.put(value)
 
-    def start(self, message: Any, serializers: Sequence[str] | None = None) -> Unsent | None:
+    def start(self, message: Any, serializers: Sequence[str] | None = None, on_error: str | None = None) -> Unsent | None:
         if not self.write_nowait(message):
             return [message], 1, 0
         self._unwaited += 1
@@ -215,52 +241,20 @@ class InprocComm(BaseComm):
             self._unwaited = 0
             await cancel_shielded_checkpoint()
 
-    def _unwrapped(self, message: Any) -> Any:
-        """The message with its wrappers taken off; the object itself where there are none."""
-        kind = type(message)
-        items = message.values() if kind is dict else message if kind is list or kind is tuple else (message,)
-        if _LOOKED_INTO.isdisjoint(map(type, items)):
-            return message
-        try:
-            return self._unwrap(message, {})
-        except RecursionError as error:
-            raise SerializationError("the message is nested too deeply to look for wrappers in it") from error
-
-    def _unwrap(self, value: Any, known: dict[int, Any]) -> Any:
-        kind = type(value)
-        if kind in _WRAPPERS:
-            return self._bare(value)
-        if kind not in _LOOKED_INTO:
-            return value
-        if id(value) in known:
-            return known[id(value)]
-        known[id(value)] = value  # inside of itself it stands for itself
-        result = value
-        if kind is dict:
-            changed = {key: new for key, item in value.items() if (new := self._unwrap(item, known)) is not item}
-            if changed:
-                result = known[id(value)] = {**value, **changed}
-        else:
-            items = [self._unwrap(item, known) for item in value]
-            if any(new is not old for new, old in zip(items, value, strict=True)):
-                result = known[id(value)] = kind(items)
-        return result
-
-    def _bare(self, wrapper: Any) -> Any:
-        """What is in a wrapper, or the wrapper if it is to stay."""
+    def _payload(self, wrapper: Any, budget: Budget, deserializers: Sequence[str] | None) -> Any:
+        """What is in a wrapper that doesn't stay."""
         kind = type(wrapper)
-        settings = self.settings
-        if kind is ToPickle or (kind is Serialize and settings.deserialize):
+        if kind is ToPickle or kind is Serialize:
             return wrapper.data
-        if kind is Pickled or (kind is Serialized and settings.deserialize):
-            limit = settings.limits.message_trusted
-            context = DecodeContext(
-                allow_pickle=lambda: settings.security.allows_pickle(wrapper),
-                enum_modules=settings.security.enum_modules,
-                max_message=lambda: limit,
-            )
-            return (unpickle_parts if kind is Pickled else deserialize)(wrapper.header, wrapper.frames, context)
-        return wrapper
+        settings = self.settings
+        context = DecodeContext(
+            allow_pickle=lambda: settings.security.allows_pickle(wrapper),
+            deserializers=settings.deserializers if deserializers is None else tuple(deserializers),
+            enum_modules=settings.security.enum_modules,
+            max_message=lambda: settings.limits.message_trusted,
+            max_head=lambda: settings.limits.head_trusted,
+        )
+        return (unpickle_parts if kind is Pickled else deserialize)(wrapper.header, wrapper.frames, context, budget=budget)
 
     def abort(self) -> None:
         if self._closed:
@@ -300,6 +294,69 @@ class InprocComm(BaseComm):
 
     def socket_fileno(self) -> int | None:
         return None
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if type(container) is dict else container
+
+
+def _holds(message: object, wrappers: frozenset[type]) -> bool:
+    """Whether there is a wrapper in a message."""
+    kind = type(message)
+    if kind not in _CONTAINERS:
+        return kind in wrappers
+    if _OF_INTEREST.isdisjoint(map(type, _items(message))):
+        return False  # nearly always
+    seen = {id(message)}
+    stack: list[Any] = [message]
+    while stack:
+        for item in _items(stack.pop()):
+            kind = type(item)
+            if kind in wrappers:
+                return True
+            if kind in _CONTAINERS and id(item) not in seen:
+                seen.add(id(item))
+                if not _OF_INTEREST.isdisjoint(map(type, _items(item))):
+                    stack.append(item)
+    return False
+
+
+def _survey(message: object, wrappers: frozenset[type]) -> tuple[list[Any], list[Any]]:
+    """The wrappers in a message, and its containers, each behind those in it but for those that it is itself in; each once."""
+    found: list[Any] = []
+    containers: list[Any] = []
+    seen: set[int] = set()
+    stack = [(message, False)]
+    while stack:
+        value, left = stack.pop()
+        if left:
+            containers.append(value)
+        elif id(value) not in seen:
+            seen.add(id(value))
+            if type(value) in wrappers:
+                found.append(value)
+            else:
+                stack.append((value, True))
+                of_interest = [item for item in _items(value) if type(item) in wrappers or type(item) in _CONTAINERS]
+                stack += [(item, False) for item in reversed(of_interest)]
+    return found, containers
+
+
+def _path(message: object, wrapper: object) -> str:
+    return find_path(message, lambda value: value is wrapper) or ""
+
+
+def _rebuild(container: Any, new: dict[int, Any]) -> None:
+    """Note what stands for a container, if anything in it changes: the sender's own is left alone.
+
+    Inside of itself a container stands for itself.
+    """
+    items = _items(container)
+    if new.keys().isdisjoint(map(id, items)):
+        return
+    changed = [new.get(id(item), item) for item in items]
+    kind = type(container)
+    new[id(container)] = dict(zip(container, changed, strict=True)) if kind is dict else kind(changed)
 
 
 def _uid() -> int | None:

@@ -233,7 +233,10 @@ class Substream:
         await self._begin_sending()
         try:
             unsent = self._comm.start((END, self.id, None))
-            if unsent is not None:
+            if unsent is not None and self._half_close:
+                # A server's is the final word: what comes behind it belongs to the next request, and is not for us to read.
+                await self._comm.finish(unsent)
+            elif unsent is not None:
                 await self._finish(unsent)
         finally:
             self._end_sending()
@@ -275,8 +278,8 @@ class Substream:
             head, frames = found
             message = head if frames is None else self._resolve(head, frames)
             if type(message) is dict and self._on_map is not None:
-                self._ended = self._deaf = True
                 self._failure = self._on_map(message)
+                self._ended = self._deaf = True
             else:
                 self._take(*parse_envelope(message))
         except (RemoteProtocolError, LimitExceeded):

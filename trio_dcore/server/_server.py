@@ -281,7 +281,7 @@ class BaseServer:
         check_encryption(scheme, self.settings)
         listeners = await get_transport(scheme).listen(location, self.settings)
         try:
-            if not self._accepting_more:
+            if self.draining or not self._accepting_more:
                 await checkpoint_if_cancelled()  # most likely the caller is in the scope that was cancelled
                 self._check_serving()
                 raise LocalProtocolError("listen() on a server that is being cancelled; make a new one")

@@ -37,7 +37,8 @@ class no_leaks:  # reads as a phrase
 
     Compared before and after: trio tasks, descriptors by what they refer to (files, sockets, and so ports), connections of a
     :func:`memory_network`, threads (but for those that trio keeps for reuse) and, in a running asyncio loop, its tasks.  Watched
-    meanwhile: exceptions that nobody could see, and ResourceWarnings.  Tasks that are about to end get a moment for that.
+    meanwhile: exceptions that nobody could see, and ResourceWarnings.  Tasks that are about to end get a moment for that.  Most of
+    this belongs to the whole process, so other threads must not come and go meanwhile.
 
     Raises:
         LeakError: at the end.  If the block raised, then that goes on, with a note on what nobody could see.
