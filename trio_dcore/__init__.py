@@ -113,7 +113,7 @@ _WHERE = {
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = [*sorted(_MODULE_OF)]  # noqa: PLE0604  # a list of str
+__all__ = [*sorted(_MODULE_OF)]  # a list of str
 
 
 def __getattr__(name: str) -> Any:

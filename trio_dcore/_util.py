@@ -26,10 +26,8 @@ def to_raise(message: str, *errors: BaseException | None) -> BaseException | Non
     KeyboardInterrupt, SystemExit and the like win over everything else.  A Cancelled is only what remains if there is nothing else:
     it says that an enclosing scope was cancelled, and that scope needs no reminder when an error passes through it.
     """
-    found: list[BaseException] = []
-    for error in errors:
-        if error is not None:
-            found.extend(leaf for leaf in leaves(error) if leaf not in found)
+    # By identity: whether two errors are equal is their classes' business.
+    found = list({id(leaf): leaf for error in errors if error is not None for leaf in leaves(error)}.values())
     exits = [leaf for leaf in found if not isinstance(leaf, (Exception, trio.Cancelled))]
     if exits:
         return exits[0]

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 from trio.testing import wait_all_tasks_blocked
 
 from trio_dcore import CommClosedError, LocalProtocolError, RemoteProtocolError, SerializationError, to_serialize
 from trio_dcore.abc import CommSettings
 from trio_dcore.comm import Substream, SubstreamComm, get_transport, parse_address
+from trio_dcore.comm._substream import _while_reading
 from trio_dcore.protocol._envelope import CANCEL, END, ERROR, GOODBYE, ITEM, ITEMS, PING, PONG, REPLY, WINDOW, Credit
-from trio_dcore.testing import cancel_sweep, no_leaks
+from trio_dcore.protocol._frames import single_frame
+from trio_dcore.testing import cancel_sweep, memory_network, no_leaks
 
 
 @asynccontextmanager
@@ -23,6 +26,8 @@ async def comms(where: str) -> AsyncIterator[tuple[Any, Any]]:
     scheme, location = parse_address(where)
     transport = get_transport(scheme)
     with ExitStack() as stack:
+        if scheme == "memory":
+            stack.enter_context(memory_network())
         (listener,) = await transport.listen(location, CommSettings())
         stack.callback(listener.close)
         ours: Any = await transport.connect(parse_address(listener.contact_address)[1], CommSettings())
@@ -656,3 +661,316 @@ class TestSubstreamComm:
             with pytest.raises(trio.BusyResourceError):
                 await view.read()
             nursery.cancel_scope.cancel()
+
+
+EVERYWHERE = ["memory://", "tcp://127.0.0.1:0", "inproc://"]
+BYTES = EVERYWHERE[:2]
+LARGE = Credit(64, 2**20)
+
+
+@asynccontextmanager
+async def unread(where: str, **options: Any) -> AsyncIterator[tuple[Any, Any, Substream, Any]]:
+    """(ours, theirs, a stream on ours, an item): the other side reads nothing yet, and can't take the item before it does."""
+    async with comms(where) as (ours, theirs):
+        if where.startswith("inproc"):
+            while ours.write_nowait((PONG, 5, None)):
+                pass
+        yield ours, theirs, substream(ours, **options), bytes(20_000_000 if where.startswith("tcp") else 200_000)
+
+
+async def read_item(comm: Any) -> Any:
+    while (message := await comm.read())[0] != ITEM:
+        pass
+    return message[2]
+
+
+class TestSendingMeanwhile:
+    """A send that has to wait for the peer to read: the peer may itself wait in a send."""
+
+    @pytest.mark.parametrize("how", ["many", "large"])
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_both_send_before_they_receive(self, where: str, how: str) -> None:
+        if where.startswith("inproc"):
+            count, item = 40, b""
+        else:
+            count, item = (1, bytes(8_000_000)) if how == "large" else (16, bytes(60_000))
+        results: list[list[int]] = []
+
+        async def talk(comm: Any) -> None:
+            stream = substream(comm, credit=LARGE, window=LARGE)
+            for _ in range(count):
+                await stream.send(item)
+            results.append([len(await stream.receive()) for _ in range(count)])
+            await stream.send_end()
+
+        async with comms(where) as pair, trio.open_nursery() as nursery:
+            for comm in pair:
+                nursery.start_soon(talk, comm)
+        assert results == [[len(item)] * count] * 2
+
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_another_task_receives(self, where: str) -> None:
+        async with unread(where) as (_ours, theirs, stream, item), trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send, item)
+            await wait_all_tasks_blocked(0.01)
+            for i in range(3):
+                await theirs.write((ITEM, 5, i))
+            await wait_all_tasks_blocked(0.01)
+            await theirs.write((ITEM, 5, 3))
+            assert [await stream.receive() for _ in range(4)] == [0, 1, 2, 3]
+            found: list[Any] = []
+
+            async def receive() -> None:
+                for _ in range(2):
+                    found.append(await stream.receive())
+
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked(0.01)
+            await theirs.write((ITEM, 5, 4))
+            assert await read_item(theirs) == item  # the write is done, and the one who still waits reads on
+            await wait_all_tasks_blocked(0.01)
+            await theirs.write((ITEM, 5, 5))
+            await wait_all_tasks_blocked(0.01)
+            assert found == [4, 5]
+
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_one_that_receives_already(self, where: str) -> None:
+        async with unread(where) as (_ours, theirs, stream, item), trio.open_nursery() as nursery:
+            found: list[Any] = []
+
+            async def receive() -> None:
+                found.append(await stream.receive())
+
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked(0.01)
+            nursery.start_soon(stream.send, item)
+            await wait_all_tasks_blocked(0.01)
+            for i in range(3):
+                await theirs.write((ITEM, 5, i))
+            assert await read_item(theirs) == item
+            await wait_all_tasks_blocked(0.01)
+            assert found == [0]
+            assert [await stream.receive() for _ in range(2)] == [1, 2]
+
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_credit_that_comes_meanwhile_counts(self, where: str) -> None:
+        async with unread(where, credit=Credit(1, 2**20)) as (_ours, theirs, stream, item), trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send, item)
+            await wait_all_tasks_blocked(0.01)
+            await theirs.write((WINDOW, 5, (1, 2**30)))
+            assert await read_item(theirs) == item
+            await stream.send("more")
+            assert await read_item(theirs) == "more"
+
+    @pytest.mark.parametrize("where", BYTES)
+    async def test_a_message_that_has_come_in_part_is_kept(self, where: str) -> None:
+        async with unread(where) as (ours, theirs, stream, item):
+            data = single_frame(theirs._encoder.encode((ITEM, 5, "in two parts"))[0])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send, item)
+                await wait_all_tasks_blocked(0.01)
+                assert theirs._pump.try_send(data[:20]) == 20
+                await wait_all_tasks_blocked(0.01)
+                assert await read_item(theirs) == item
+            assert not ours.closed()
+            theirs._pump.try_send(data[20:])
+            assert await stream.receive() == "in two parts"
+
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_cancelled(self, where: str) -> None:
+        """Where a part of it has left, the comm is closed; over inproc nothing leaves in part."""
+        async with unread(where) as (ours, theirs, stream, item):
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(stream.send, item)
+                    await wait_all_tasks_blocked(0.01)
+                    scope.cancel()
+            assert scope.cancelled_caught
+            assert stream.items_sent == 0
+            assert ours.closed() is not where.startswith("inproc")
+            if not ours.closed():
+                await theirs.write((ITEM, 5, "a"))
+                assert await stream.receive() == "a"
+
+    @pytest.mark.parametrize("where", BYTES)
+    async def test_cancelled_before_the_first_byte(self, where: str) -> None:
+        """Another message is in front; half a message has come: the comm goes on, in both directions."""
+        async with unread(where) as (ours, theirs, stream, item):
+            data = single_frame(theirs._encoder.encode((ITEM, 5, "in two parts"))[0])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ours.write, (ITEM, 4, item))
+                await wait_all_tasks_blocked(0.01)
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as inner:
+                        inner.start_soon(stream.send, "never sent")
+                        await wait_all_tasks_blocked(0.01)
+                        theirs._pump.try_send(data[:20])
+                        await wait_all_tasks_blocked(0.01)
+                        scope.cancel()
+                assert scope.cancelled_caught
+                assert not ours.closed()
+                assert await read_item(theirs) == item
+            theirs._pump.try_send(data[20:])
+            assert await stream.receive() == "in two parts"
+            await stream.send("next")
+            assert await read_item(theirs) == "next"
+
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_what_came_is_not_acceptable(self, where: str) -> None:
+        async with unread(where) as (ours, theirs, stream, item), trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                with pytest.raises(RemoteProtocolError, match="request 6 while 5 is the last"):
+                    await stream.send(item)
+
+            nursery.start_soon(send)
+            await wait_all_tasks_blocked(0.01)
+            await theirs.write((ITEM, 6, "b"))
+            await wait_all_tasks_blocked(0.01)
+            assert ours.closed()
+
+    @pytest.mark.parametrize("side", ["here", "there"])
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_the_comm_is_closed(self, where: str, side: str) -> None:
+        async with unread(where) as (ours, theirs, stream, item), trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                with pytest.raises(trio.ClosedResourceError if side == "here" else CommClosedError):
+                    await stream.send(item)
+
+            nursery.start_soon(send)
+            await wait_all_tasks_blocked(0.01)
+            (ours if side == "here" else theirs).abort()
+
+    @pytest.mark.parametrize("where", EVERYWHERE)
+    async def test_the_peer_takes_no_more(self, where: str) -> None:
+        """What stands behind its end is not for the stream; what is being sent is sent all the same."""
+        async with unread(where) as (ours, theirs, stream, item), trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send, item)
+            await wait_all_tasks_blocked(0.01)
+            await theirs.write((ITEM, 5, "last"))
+            await theirs.write((ERROR, 5, "why"))
+            await theirs.write("for somebody else")
+            await wait_all_tasks_blocked(0.01)
+            assert stream.deaf
+            assert not ours.reading
+            assert await ours.read() == "for somebody else"
+            assert await stream.receive() == "last"
+            with pytest.raises(ValueError, match="why"):
+                await stream.receive()
+            assert await read_item(theirs) == item
+
+    async def test_an_item_that_can_not_be_read_is_for_its_receiver(self) -> None:
+        async with unread("tcp://127.0.0.1:0") as (_ours, theirs, stream, item), trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send, item)
+            await wait_all_tasks_blocked(0.01)
+            await theirs.write((ITEM, 5, to_serialize(lock)), serializers=["msgpack"])
+            assert await read_item(theirs) == item
+            with pytest.raises(TypeError):
+                await stream.receive()
+
+    @pytest.mark.parametrize("where", ["memory://", "inproc://"])
+    async def test_cancelled_at_every_step(self, where: str) -> None:
+        async def talk(comm: Any) -> None:
+            stream = substream(comm, credit=LARGE, window=LARGE)
+            for _ in range(20):
+                await stream.send(bytes(10_000))
+            for _ in range(20):
+                assert await stream.receive() == bytes(10_000)
+            await stream.send_end()
+
+        async def scenario() -> None:
+            async with comms(where) as pair, trio.open_nursery() as nursery:
+                for comm in pair:
+                    nursery.start_soon(talk_on, comm)
+
+        async def talk_on(comm: Any) -> None:
+            try:
+                await talk(comm)
+            except CommClosedError:
+                await checkpoint_if_cancelled()  # the other was cancelled as well, and was faster
+                raise
+
+        assert await cancel_sweep(scenario) > 20
+
+
+class TestWhileReading:
+    """Of two that go on at the same time one error is raised."""
+
+    async def run(self, write: Any, read: Any) -> None:
+        with no_leaks():
+            await _while_reading(write, read)
+
+    async def test_the_write_ends_the_read(self) -> None:
+        ended: list[str] = []
+
+        async def read() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.append("read")
+
+        await self.run(wait_all_tasks_blocked, read)
+        assert ended == ["read"]
+
+    async def test_the_read_does_not_end_the_write(self) -> None:
+        done: list[str] = []
+
+        async def write() -> None:
+            await wait_all_tasks_blocked()
+            done.append("written")
+
+        await self.run(write, trio.lowlevel.checkpoint)
+        assert done == ["written"]
+
+    @pytest.mark.parametrize("other", [None, OSError("a consequence"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("first", ["write", "read"])
+    async def test_the_first_error_is_raised_alone(self, first: str, other: BaseException | None) -> None:
+        async def fails() -> None:
+            await wait_all_tasks_blocked()
+            raise LookupError("the cause")
+
+        async def follows() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                if other is not None:
+                    raise other
+
+        expected = KeyboardInterrupt if isinstance(other, KeyboardInterrupt) else LookupError
+        with pytest.raises(expected):
+            await self.run(*((fails, follows) if first == "write" else (follows, fails)))
+
+    @pytest.mark.parametrize("consequence", [False, True])
+    async def test_cancelled(self, consequence: bool) -> None:
+        """Also where the cancelled write closes what the other reads."""
+        closed = trio.Event()
+
+        async def write() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                if consequence:
+                    closed.set()
+
+        async def read() -> None:
+            await closed.wait()
+            raise OSError("closed")
+
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.run, write, read)
+                await wait_all_tasks_blocked()
+                scope.cancel()
+        assert scope.cancelled_caught
+
+    async def test_a_write_that_is_done_is_not_cancelled(self) -> None:
+        with trio.CancelScope() as scope:
+
+            async def write() -> None:
+                scope.cancel()
+
+            await self.run(write, trio.sleep_forever)
+            reached = True
+        assert reached
+        assert not scope.cancelled_caught

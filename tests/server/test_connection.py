@@ -18,7 +18,6 @@ from trio_dcore import (
     Comm,
     CommClosedError,
     HandlerCancelled,
-    LocalProtocolError,
     NotAllowed,
     RemoteError,
     SerializationError,

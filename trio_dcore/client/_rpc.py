@@ -17,7 +17,7 @@ from ._rpc_call import PooledRPC
 __all__ = ["rpc"]
 
 
-class rpc(PooledRPC):  # noqa: N801  # Dask's name
+class rpc(PooledRPC):  # Dask's name
     """Calls to one server that look like method calls::
 
         async with rpc("tcp://127.0.0.1:8786") as remote:

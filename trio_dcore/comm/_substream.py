@@ -374,6 +374,8 @@ async def _while_reading(write: Callable[[], Awaitable[None]], read: Callable[[]
         except BaseException as error:
             note(error)
         reading.cancel(reason="the message is sent")
+        # That ends at once.  A cancellation that comes meanwhile must not unsay that the message is sent.
+        nursery.cancel_scope.shield = True
     if failure is not None:
         try:
             raise failure

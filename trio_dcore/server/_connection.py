@@ -257,12 +257,12 @@ class Connection:
                 self._awaited = (wanted or entry.streams) and not entry.run_to_end
                 if self._gone and self._awaited:
                     self.scope.cancel(reason="the caller has gone")
-                if not entry.streams and (header is None or not header.stream and header.deadline is None):
+                if not entry.streams and (header is None or (not header.stream and header.deadline is None)):
                     context, result = self._begin(entry, (), message, request)
                     if type(result) is CoroutineType or hasattr(result, "__await__"):
                         result = await drive(context, result, self.on_wait)
                     if type(result) is AsyncGeneratorType:  # of a plain function or a lambda
-                        one_reply = header is not None or wanted and reply is not _ABSENT and not close
+                        one_reply = header is not None or (wanted and reply is not _ABSENT and not close)
                         result = await self._finish(entry, result, request, StreamAnswer(comm, header), one_reply=one_reply)
                 else:
                     one_reply = not header.stream if header is not None else wanted and reply is not _ABSENT and not close

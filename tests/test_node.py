@@ -1,0 +1,79 @@
+"""Server: the serving half and the calling half in one object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import trio
+
+from trio_dcore import Limits, RPCClosed, Security, Server, UnsafePayload, current_request
+from trio_dcore.client import ConnectionPool
+from trio_dcore.server import BaseServer
+
+
+def add(x: int, y: int = 1) -> int:
+    return x + y
+
+
+def test_the_halves() -> None:
+    assert issubclass(Server, BaseServer)
+    server = Server({"add": add})
+    assert isinstance(server.rpc, ConnectionPool)
+    assert server.rpc is server.rpc
+    server.rpc.close_now()
+
+
+def test_its_pool_has_its_settings() -> None:
+    limits, security = Limits(idle=5), Security(pickle="never")
+    server = Server(
+        connection_limit=7, limits=limits, security=security, deserialize=False, serializers=["msgpack"], deserializers=["dask"]
+    )
+    pool = server.rpc
+    assert pool.limit == 7
+    assert pool.settings.limits is limits
+    assert pool.settings.security is security
+    assert pool.settings.deserialize is False
+    assert pool.settings.serializers == ("msgpack",)
+    assert pool.settings.deserializers == ("dask",)
+
+
+async def test_a_handler_calls_on(where: str, serving: Any) -> None:
+    async def forward(to: str, x: int) -> Any:
+        server = current_request().server
+        assert isinstance(server, Server)
+        return await server.rpc(to).add(x=x)
+
+    async with serving({"add": add}, where) as (target, _remote), Server({"forward": forward}) as hop:
+        async with ConnectionPool() as pool:
+            address = await hop.listen(where)
+            for x in range(3):
+                assert await pool(address).forward(to=target.address, x=x) == x + 1
+        assert hop.rpc.open == 1
+
+
+async def test_its_calls_end_with_it(where: str, serving: Any) -> None:
+    async with serving({"forever": trio.sleep_forever}, where) as (target, _remote), trio.open_nursery() as nursery:
+
+        async def call() -> None:
+            with pytest.raises(RPCClosed, match="in flight"):
+                await server.rpc(target.address).forever()
+
+        async with Server() as server:
+            nursery.start_soon(call)
+            while not target.statistics().in_flight:
+                await trio.lowlevel.checkpoint()
+        with pytest.raises(RPCClosed):
+            await server.rpc(target.address).echo()
+
+
+async def test_a_server_that_never_called_anybody_has_no_open_pool() -> None:
+    async with Server() as server:
+        await server.listen("inproc://")
+    assert server.rpc.closed
+
+
+async def test_its_trust_is_that_of_its_calls(serving: Any) -> None:
+    async with serving({"give": ValueError}, "tcp://127.0.0.1:0") as (target, _remote), Server(security=Security(pickle="never")) as server:
+        with pytest.raises(UnsafePayload):
+            await server.rpc(target.address).give()
