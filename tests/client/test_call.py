@@ -14,6 +14,7 @@ from trio_dcore import (
     CommClosedError,
     ConnectError,
     ConnectionPool,
+    HandlerCancelled,
     LimitExceeded,
     Limits,
     LocalProtocolError,
@@ -29,7 +30,7 @@ from trio_dcore import (
     send_recv,
     to_serialize,
 )
-from trio_dcore.protocol import error_reply
+from trio_dcore.protocol import error_reply, error_value
 from trio_dcore.protocol._envelope import CANCEL, END, ERROR, ITEM, KEY, PING, PONG, REPLY, WINDOW
 from trio_dcore.testing import cancel_sweep
 
@@ -476,6 +477,29 @@ class TestCancelled:
             await wait_all_tasks_blocked()
             assert ended == [pytest.approx(start + 5)]
             assert await remote.echo(x=1) == 1
+
+
+    async def test_one_that_the_server_notices_first(self, where: str, scripted: Any) -> None:
+        """Then it is our own scope's all the same; and if it wasn't ours the caller is told."""
+
+        async def script(comm: Any, number: int) -> None:
+            while True:
+                id = (await comm.read())[KEY]["id"]
+                error = HandlerCancelled("over")
+                error.reason = "deadline"
+                if id == 1:
+                    scope.cancel()
+                await comm.write((ERROR, id, error_value(error, trusted=True)))
+
+        async with scripted(where, script) as address, rpc(address) as remote:
+            with trio.CancelScope() as scope:
+                await remote.anything()
+                raise AssertionError("not reached")
+            assert scope.cancelled_caught
+            with pytest.raises(HandlerCancelled) as caught:
+                await remote.anything()
+                await remote.anything()
+            assert caught.value.reason == "deadline"
 
 
 class TestSendRecv:

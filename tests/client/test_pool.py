@@ -24,7 +24,7 @@ from trio_dcore import (
 )
 from trio_dcore.abc import CommSettings, Transport
 from trio_dcore.client._pool_policy import PoolPolicy
-from trio_dcore.comm import get_transport, register_transport
+from trio_dcore.comm import InprocComm, get_transport, register_transport
 from trio_dcore.protocol._envelope import GOODBYE, KEY, REPLY
 from trio_dcore.testing import cancel_sweep, no_leaks
 
@@ -648,6 +648,55 @@ class TestGoodbye:
                 await pool(address).anything()
             assert connections == [1, 2]
             balanced(pool)
+
+    @pytest.mark.parametrize("kind", ["notify", "stream"])
+    async def test_found_while_a_request_is_written(self, kind: str, serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The comm breaks under the request, and what it has left to read is a goodbye: once, and then again."""
+
+        def broken(self: Any, message: Any, *args: Any) -> Any:
+            if type(message) is dict and message.get("op") == "echo" and left:
+                left.pop()
+                raise CommClosedError("gone")
+            return start(self, message, *args)
+
+        def send(remote: Any) -> Any:
+            return remote.echo.notify(x=1) if kind == "notify" else remote.echo.stream(x=1).__aenter__()
+
+        start = InprocComm.start
+        monkeypatch.setattr(InprocComm, "start", broken)
+        monkeypatch.setattr(InprocComm, "take_goodbye", lambda self, before: True)
+        async with serving({"echo": echo}) as (server, _remote), ConnectionPool() as pool:
+            left = [1]
+            sent = await send(pool(server.address))
+            if sent is not None:
+                await sent.aclose()
+            assert not left
+            left = [1, 2]
+            with pytest.raises(ServerClosing, match="did not start 'echo'"):
+                await send(pool(server.address))
+            assert pool.active == 0
+
+    async def test_and_cancelled_meanwhile(self) -> None:
+        async def script() -> None:
+            comm: Any = await listener.accept()
+            await comm.handshake()
+            await comm.read()
+            await comm.write((GOODBYE, 0, None))
+            comm.abort()
+
+        (listener,) = await get_transport("tcp").listen("127.0.0.1:0", CommSettings())
+        async with ConnectionPool() as pool, trio.open_nursery() as nursery:
+            nursery.start_soon(script)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as calls:
+                    calls.start_soon(pool(listener.contact_address).anything)
+                    await wait_all_tasks_blocked(0.05)
+                    assert pool.active == 1  # in a handshake that nobody answers
+                    scope.cancel()
+            balanced(pool)
+            assert pool.open == 0
+            nursery.cancel_scope.cancel()
+        listener.close()
 
     async def test_naming_the_request_itself_is_an_error(self, where: str, scripted: Any) -> None:
         from trio_dcore import RemoteProtocolError

@@ -28,7 +28,7 @@ from trio_dcore import (
 )
 from trio_dcore.protocol import error_reply, error_value
 from trio_dcore.protocol._envelope import CANCEL, END, ERROR, GOODBYE, ITEM, ITEMS, KEY, PING, PONG, REPLY, WINDOW
-from trio_dcore.testing import cancel_sweep
+from trio_dcore.testing import cancel_sweep, memory_network
 
 
 def echo(x: Any = None) -> Any:
@@ -737,3 +737,116 @@ class TestStock:
             async with remote.ticks.stream() as stream:
                 assert await stream.receive() == 1
             await closed.wait()
+
+
+class TestBothSendFirst:
+    """Traffic that the windows allow goes on, also while neither side receives."""
+
+    @pytest.mark.parametrize(
+        ("where", "count", "size", "limits"),
+        [
+            ("memory://", 8, 60_000, Limits()),
+            ("memory://", 1, 300_000, Limits()),
+            ("tcp://127.0.0.1:0", 16, 60_000, Limits()),
+            ("tcp://127.0.0.1:0", 1, 8_000_000, Limits()),
+            ("inproc://", 40, 1, Limits(window=64)),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["function", "generator"])
+    async def test_the_handler_and_the_client(
+        self, where: str, count: int, size: int, limits: Limits, kind: str, serving: Any
+    ) -> None:
+        taken: list[int] = []
+
+        async def function(comm: Comm) -> None:
+            for _ in range(count):
+                await comm.write(bytes(size))
+            async for item in comm:
+                taken.append(len(item))
+
+        async def generator(comm: Comm) -> AsyncIterator[bytes]:
+            async with trio.open_nursery() as nursery:  # a scope of its own, open at each yield
+                nursery.start_soon(trio.sleep_forever)
+                for _ in range(count):
+                    yield bytes(size)
+                nursery.cancel_scope.cancel()
+            async for item in comm:
+                taken.append(len(item))
+
+        handlers = {"talk": function if kind == "function" else generator, "echo": echo}
+        with memory_network():
+            async with serving(handlers, where, limits=limits, client={"limits": limits}) as (server, remote):
+                async with remote.talk.stream() as stream:
+                    for _ in range(count):
+                        await stream.send(bytes(size))
+                    await stream.send_eof()
+                    assert [len(item) for item in await all_of(stream)] == [size] * count
+                assert await remote.echo(x=1) == 1
+                assert server.statistics().errors == 0
+        assert taken == [size] * count
+
+    @pytest.mark.parametrize("where", ["memory://", "tcp://127.0.0.1:0"])
+    async def test_a_generators_own_scope_ends_while_its_item_is_half_sent(self, where: str, serving: Any) -> None:
+        """The Cancelled comes at its yield, its own scope takes it; the connection, with half a frame on it, is closed."""
+        trace: list[Any] = []
+        go = trio.Event()
+        ended = trio.Event()
+
+        async def generate() -> AsyncIterator[bytes]:
+            try:
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+
+                        async def cancel() -> None:
+                            await go.wait()
+                            scope.cancel()
+
+                        nursery.start_soon(cancel)
+                        yield bytes(20_000_000)
+                trace.append(scope.cancelled_caught)
+                try:
+                    yield b"more"
+                except CommClosedError as error:
+                    trace.append(type(error))
+                    raise
+            finally:
+                ended.set()
+
+        with memory_network():
+            async with serving({"generate": generate, "echo": echo}, where) as (_server, remote):
+                async with remote.generate.stream() as stream:
+                    await wait_all_tasks_blocked(0.01)
+                    go.set()
+                    await ended.wait()
+                    with pytest.raises(CommClosedError):
+                        await stream.receive()
+                assert trace == [True, CommClosedError]
+                assert await remote.echo(x=1) == 1
+
+    @pytest.mark.parametrize("where", ["memory://", "tcp://127.0.0.1:0", "inproc://"])
+    async def test_cancelled_at_every_step(self, where: str, serving: Any) -> None:
+        limits = Limits(window=64)
+
+        async def talk(comm: Comm) -> None:
+            for _ in range(20):
+                await comm.write(item)
+            async for _ in comm:
+                pass
+
+        item = bytes(600_000 if where.startswith("tcp") else 10_000)
+
+        with memory_network():
+            async with serving({"talk": talk, "echo": echo}, where, limits=limits, patience=60.0) as (server, _remote):
+
+                async def scenario() -> None:
+                    async with rpc(server.address, limits=limits) as remote, remote.talk.stream() as stream:
+                        for _ in range(20):
+                            await stream.send(item)
+                        await stream.send_eof()
+                        assert len(await all_of(stream)) == 20
+
+                async def check() -> None:
+                    async with rpc(server.address) as remote:
+                        assert await remote.echo(x=1) == 1
+
+                assert await cancel_sweep(scenario, check=check, steps="own") > 5

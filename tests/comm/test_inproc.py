@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
 
 import pytest
 import trio
 import trio.testing
 
-from trio_dcore import Limits, Pickled, Security, Serialize, Serialized, ToPickle, connect, to_serialize
+from trio_dcore import Limits, Pickled, Security, Serialize, Serialized, Server, ToPickle, connect, rpc, to_serialize
 from trio_dcore.abc import CommSettings, Listener
 from trio_dcore.comm import InprocComm, get_transport
 from trio_dcore.comm import _inproc as inproc
-from trio_dcore.errors import AddressError, CommClosedError, ConnectError, SerializationError, UnsafePayload
+from trio_dcore.errors import (
+    AddressError,
+    CommClosedError,
+    ConnectError,
+    NotAllowed,
+    RemoteError,
+    SerializationError,
+    UnknownOp,
+    UnsafePayload,
+)
 from trio_dcore.protocol import DecodeContext, dumps, loads
 
 PATIENCE = 10.0
@@ -380,17 +391,18 @@ class TestWrappers:
             found = found[0]
         assert found == ["x"]
 
-    async def test_too_deep(self, listener: Any) -> None:
+    async def test_however_deep(self, listener: Any) -> None:
         value: Any = []
-        for _ in range(5_000):
+        for _ in range(100_000):
             value = [value]
-        client, server = await comms(listener)
-        await server.write(value)
-        with pytest.raises(SerializationError, match="nested too deeply"):
-            await client.read()
-        await server.write("next")
-        assert await client.read() == "next"
-        client.abort()
+        assert await self.send(listener, value) is value
+        value = [ToPickle("x")]
+        for _ in range(100_000):
+            value = {"a": [(value,)]}
+        found = await self.send(listener, value)
+        for _ in range(100_000):
+            ((found,),) = found["a"]
+        assert found == ["x"]
 
     @pytest.mark.parametrize("make", [serialized, pickled])
     async def test_what_a_stranger_sent_to_a_hop(self, listener: Any, make: Any) -> None:
@@ -400,3 +412,146 @@ class TestWrappers:
             await self.send(listener, make({frozenset({1})}), security=Security(pickle="never"))
         security = Security(pickle="always")
         assert await self.send(listener, make({frozenset({1})}, trusted=False), security=security) == {frozenset({1})}
+
+    async def test_a_payload_is_read_once(self, listener: Any) -> None:
+        """However often it is there."""
+        wrapper = serialized({"x": [1]})
+        one, two, (three,) = await self.send(listener, [wrapper, wrapper, (wrapper,)])
+        assert one == {"x": (1,)} or one == {"x": [1]}
+        assert one is two is three
+
+    async def test_families_that_are_accepted(self, listener: Any) -> None:
+        message = {"data": serialized({1})}
+        with pytest.raises(TypeError, match="only able to deserialize data with"):
+            await self.send(listener, message, deserializers=("msgpack",))
+        client, server = await comms(listener)
+        await server.write(message)
+        found = await client.next_head()
+        assert found is not None
+        head, frames = found
+        assert head is message
+        assert frames is not None
+        with pytest.raises(TypeError, match="only able to deserialize data with"):
+            client.resolve(frames, ["msgpack"])
+        assert client.resolve(frames) == {"data": {1}}
+        client.abort()
+
+    async def test_what_is_to_stay_needs_no_second_phase(self, listener: Any) -> None:
+        client, server = await comms(listener, deserialize=False)
+        message = {"data": [Serialize(1), serialized(2)]}
+        await server.write(message)
+        assert await client.next_head() == (message, None)
+        await server.write({"data": [ToPickle(1)]})
+        found = await client.next_head()
+        assert found is not None
+        assert found[1] is not None
+        client.abort()
+
+
+class Canary:
+    """Tells when it is unpickled."""
+
+    hatched: ClassVar[list[str]] = []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> Any:
+        return _hatch, (self.name,)
+
+
+def _hatch(name: str) -> str:
+    Canary.hatched.append(name)
+    return name
+
+
+def parts(data: bytes, kind: type = Serialized) -> Any:
+    if kind is Pickled:
+        return Pickled({"pickled-obj": data, "num-sub-frames": 0}, [])
+    return Serialized({"serializer": "pickle", "writeable": (), "num-sub-frames": 1}, [data])
+
+
+class TestPayloadsOfRequests:
+    """As over bytes: op, authorize and trust are settled before a payload is looked at, and a bad one is one request's failure."""
+
+    @pytest.fixture(autouse=True)
+    def no_canary(self) -> None:
+        Canary.hatched.clear()
+
+    @pytest.mark.parametrize("kind", [Serialized, Pickled])
+    async def test_what_is_refused_is_not_deserialized(self, kind: type) -> None:
+        asked: list[str] = []
+
+        def authorize(peer: Any, op: str) -> bool:
+            asked.append(op)
+            return op != "forbidden"
+
+        handlers = {"forbidden": lambda x: x, "blocked": lambda x: x, "fine": lambda x: x}
+        async with Server(handlers, authorize=authorize, blocked_handlers=["blocked"]) as server:
+            async with rpc(await server.listen("inproc://")) as remote:
+                for op, error in (("forbidden", NotAllowed), ("blocked", NotAllowed), ("unheard-of", UnknownOp)):
+                    with pytest.raises(error):
+                        await remote[op](x=[parts(pickle.dumps(Canary(op)), kind)])
+                assert Canary.hatched == []
+                assert await remote.fine(x=[parts(pickle.dumps(Canary("fine")), kind)]) == ["fine"]
+                assert Canary.hatched == ["fine"]
+                assert server.statistics().connections == 1
+        assert asked == ["forbidden", "fine"]
+
+    @pytest.mark.parametrize("kind", [Serialized, Pickled])
+    @pytest.mark.parametrize("where", ["inproc://", "tcp://127.0.0.1:0"])
+    async def test_what_can_not_be_read_is_answered(self, where: str, kind: type) -> None:
+        async with Server({"f": lambda x: x}) as server, rpc(await server.listen(where)) as remote:
+            with pytest.raises(SerializationError, match=r"^x(\[0\])?: a pickle can't be loaded") as caught:
+                await remote.f(x=[parts(b"garbage", kind)])
+            assert isinstance(caught.value, RemoteError)
+            assert await remote.f(x=1) == 1
+            assert server.statistics().connections == 1
+            assert server.statistics().errors == 0
+
+    @pytest.mark.parametrize("kind", [Serialized, Pickled])
+    @pytest.mark.parametrize("where", ["inproc://", "tcp://127.0.0.1:0"])
+    async def test_a_server_that_loads_no_pickles(self, where: str, kind: type) -> None:
+        async with Server({"f": lambda x: x}, security=Security(pickle="never")) as server:
+            async with rpc(await server.listen(where)) as remote:
+                with pytest.raises(UnsafePayload, match=r"^x\[0\]: .* was not loaded; see Security\(pickle="):
+                    await remote.f(x=[parts(pickle.dumps(Canary("x")), kind)])
+                assert await remote.f(x=1) == 1
+                assert server.statistics().connections == 1
+        assert Canary.hatched == []
+
+    async def test_a_bad_answer(self) -> None:
+        """It is the caller's failure, and its comm goes on."""
+        async with Server({"bad": lambda: {"x": parts(b"garbage")}, "f": lambda: 1}) as server:
+            async with rpc(await server.listen("inproc://")) as remote:
+                with pytest.raises(SerializationError, match=r"\['x'\]: a pickle can't be loaded") as caught:
+                    await remote.bad()
+                assert not isinstance(caught.value, RemoteError)
+                assert await remote.f() == 1
+                assert server.statistics().connections == 1
+
+    async def test_a_bad_item_of_a_stream(self) -> None:
+        async def items() -> AsyncIterator[Any]:
+            yield 1
+            yield [parts(b"garbage")]
+            yield 3
+
+        async with Server({"items": items}) as server, rpc(await server.listen("inproc://")) as remote:
+            async with remote.items.stream() as stream:
+                assert await stream.receive() == 1
+                with pytest.raises(SerializationError, match="a pickle can't be loaded"):
+                    await stream.receive()
+                assert [item async for item in stream] == [3]
+
+    async def test_the_request_is_the_callers(self) -> None:
+        """What the server takes out of a request it takes out of a copy."""
+        async with Server({"f": lambda x: x}, deserialize=False) as server:
+            comm = await connect(await server.listen("inproc://"))
+            for value in (Serialize(1), [Serialize(1)], [ToPickle(1)], 1):
+                request = {"op": "f", "x": value, "reply": True}
+                before = dict(request)
+                await comm.write(request)
+                await comm.read()
+                assert request == before
+                assert request["x"] is value
+            await comm.aclose()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
+import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,14 +14,18 @@ from typing import Any
 import numpy
 import pytest
 import trio
+from msgpack import packb, unpackb
 from trio.testing import wait_all_tasks_blocked
 
 from trio_dcore import (
     Comm,
     CommClosedError,
     HandlerCancelled,
+    LimitExceeded,
+    Limits,
     NotAllowed,
     RemoteError,
+    RemoteProtocolError,
     SerializationError,
     Server,
     Status,
@@ -33,8 +39,10 @@ from trio_dcore import (
     send_recv,
     to_serialize,
 )
+from trio_dcore.comm import FramedComm, InprocComm
+from trio_dcore.protocol import dumps, exception_from_reply
 from trio_dcore.protocol._envelope import CANCEL, END, ERROR, ITEM, ITEMS, PING, PONG, REPLY, WINDOW
-from trio_dcore.testing import ManualPeer
+from trio_dcore.testing import ManualPeer, memory_network
 
 KEY = "trio-dcore"
 
@@ -311,13 +319,28 @@ class TestBadRequests:
                 await peer.handshake()
                 await peer.send({"op": "echo", "x": to_serialize(1)})
                 assert await peer.receive() == 1
-                import msgpack
-
-                await peer.send_frames([msgpack.packb({"op": "echo", "x": {"__Serialized__": 7}})])
+                await peer.send_frames([packb({"op": "echo", "x": {"__Serialized__": 7}})])
                 assert (await peer.receive())["status"] == "uncaught-error"
                 assert await peer.expect_end()
             assert await remote.echo(x=1) == 1
             assert server.statistics().requests == {"echo": 3}
+
+    async def test_a_request_that_is_a_marker(self, serving: Any) -> None:
+        """Its payload could be anything, also a request for another op than the one that was admitted."""
+        async with serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, remote):
+            async with await ManualPeer.connect(server.address) as peer:
+                await peer.handshake()
+                head, *payload = dumps(to_serialize({"op": "echo", "x": 1}))
+                await peer.send_frames([packb({"op": "echo", "reply": True, **unpackb(head)}), *payload])
+                assert "a request can't be a marker" in (await peer.receive())["exception_text"]
+            assert await remote.echo(x={"__Serialized__": 1}) == {"__Serialized__": 1}
+
+    @pytest.mark.parametrize("serializers", ["msgpack", 5, {"msgpack": 1}, ("msgpack", 5)])
+    async def test_serializers_that_are_none(self, serializers: Any, where: str, serving: Any) -> None:
+        async with serving({"add": add}, where) as (server, _remote), await connect(server.address) as comm:
+            await comm.write({"op": "add", "x": 1, "serializers": serializers, "reply": True})
+            assert "'serializers' must be a list of family names" in (await comm.read())["exception_text"]
+            assert await send_recv(comm, op="add", x=1) == 2
 
     async def test_bytes_that_are_no_message(self, serving: Any) -> None:
         async with serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, remote):
@@ -523,8 +546,6 @@ class TestErrors:
 
     async def test_a_protocol_error_of_a_handler_is_an_answer(self, where: str, serving: Any) -> None:
         """It may have come from a third server, and says nothing about this connection."""
-        from trio_dcore import LimitExceeded, RemoteProtocolError
-
         def fail(kind: str) -> None:
             raise {"protocol": RemoteProtocolError, "limit": LimitExceeded}[kind]("of somebody else")
 
@@ -614,6 +635,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("stop"), BaseExceptionGroup("g", [SystemExit(3), ValueError()])])
     async def test_that_end_the_program_come_out_of_the_server(self, error: BaseException, where: str) -> None:
+        """C06."""
         other = Watched()
         seen: list[BaseException] = []
         kind = SystemExit if isinstance(error, BaseExceptionGroup) else type(error)
@@ -634,10 +656,25 @@ class TestErrors:
                     nursery.start_soon(call, remote, "other")
                     await other.started.wait()
                     nursery.start_soon(call, remote, "end")
-        assert caught.value is error or not isinstance(error, type(caught.value))
+        assert not isinstance(caught.value, BaseExceptionGroup)
         assert isinstance(other.outcome, trio.Cancelled)
         assert server.status is Status.closed
         assert not any(isinstance(failure, kind) for failure in seen)
+
+    async def test_of_other_event_loops_are_failures_of_the_handler(self, where: str, serving: Any) -> None:
+        """They are no Exception, but no reason to end the server either."""
+
+        def fail(kind: str) -> None:
+            raise {"asyncio": asyncio.CancelledError, "exit": GeneratorExit}[kind]("from elsewhere")
+
+        async with serving({"fail": fail, "add": add}, where) as (server, remote):
+            for kind, name in (("asyncio", "CancelledError"), ("exit", "GeneratorExit")):
+                with pytest.raises(RemoteError, match="from elsewhere") as caught:
+                    await remote.fail(kind=kind)
+                assert caught.value.type_name.endswith(name)
+                assert isinstance(caught.value, Exception)
+            assert await remote.add(x=1) == 2
+            assert server.statistics().connections == 1
 
     async def test_a_cancelled_from_nowhere_ends_that_connection_alone(
         self, where: str, serving: Any, caplog: pytest.LogCaptureFixture
@@ -750,6 +787,37 @@ class TestDisconnect:
                     await handler.started.wait()
                 await handler.ended.wait()
                 assert isinstance(handler.outcome, trio.Cancelled)
+                assert await remote.add(x=1) == 2
+
+    async def test_of_a_stream_without_a_socket(self, serving: Any) -> None:
+        """There a task watches while the handler waits, and lets go for whoever reads."""
+
+        async def wait() -> str:
+            return await handler()
+
+        async def generator() -> AsyncIterator[str]:
+            yield "first"
+            yield await handler()
+
+        async def reads(comm: Comm) -> None:
+            await comm.write(await comm.read())
+
+        with memory_network():
+            handler = Watched()
+            async with serving({"wait": wait, "generator": generator, "reads": reads, "add": add}, "memory://") as (server, remote):
+                async with await connect(server.address) as comm:
+                    await comm.write({"op": "wait", "reply": True})
+                    await handler.started.wait()
+                await handler.ended.wait()
+                assert isinstance(handler.outcome, trio.Cancelled)
+                handler = Watched()
+                async with remote.generator.stream() as stream:
+                    assert await stream.receive() == "first"
+                    handler.go.set()
+                    assert [item async for item in stream] == ["done"]
+                async with remote.reads.stream() as stream:
+                    await stream.send("x")
+                    assert [item async for item in stream] == ["x"]
                 assert await remote.add(x=1) == 2
 
     async def test_does_not_cancel_what_nobody_waits_for(self, where: str, serving: Any) -> None:
@@ -988,10 +1056,7 @@ class TestRawComm:
                 for reply in (True, 1):
                     with pytest.raises(TypeError, match="use .stream"):
                         await comm.write({"op": op, "reply": reply})
-                        answer = await comm.read()
-                        from trio_dcore.protocol import exception_from_reply
-
-                        raise exception_from_reply(answer, allow_pickle=lambda: True)
+                        raise exception_from_reply(await comm.read(), allow_pickle=lambda: True)
 
     async def test_wrote_and_then_replied(self, where: str, serving: Any) -> None:
         async def both(comm: Comm) -> str:
@@ -1372,6 +1437,35 @@ class TestShutdown:
             assert await client.until_closed() == [(9, 4, None)]
             assert await closed_by_server(plain)
 
+    async def test_half_a_request_does_not_hold_it_up(self, serving: Any) -> None:
+        async with serving({"echo": echo}, "tcp://127.0.0.1:0", limits=Limits(linger=0.05)) as (server, _remote):
+            async with await ManualPeer.connect(server.address) as peer:
+                await peer.handshake()
+                await peer.send_bytes(peer.encode({"op": "echo"})[:-1])
+                await wait_all_tasks_blocked(0.01)
+                server.stop(math.inf)
+                await server.finished()
+
+    async def test_a_client_that_has_gone_gets_no_goodbye_and_no_last_words(
+        self, where: str, serving: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It goes in the very moment in which they are written."""
+
+        def gone(self: Any, message: Any) -> bool:
+            raise CommClosedError("gone")
+
+        handler = Watched()
+        async with serving({"handler": handler, "echo": echo}, where) as (server, remote), opted_in(server.address) as client:
+            await remote.echo()  # its comm stays, and would get a goodbye
+            await client.request("handler")
+            await handler.started.wait()
+            for cls in (FramedComm, InprocComm):
+                monkeypatch.setattr(cls, "write_nowait", gone)
+            server.stop(0)
+            await server.finished()
+            assert await client.until_closed() == []
+        assert caplog.records == []
+
     async def test_goodbye_behind_the_last_answer(self, where: str, serving: Any) -> None:
         handler = Watched()
         async with serving({"handler": handler}, where) as (server, _remote), opted_in(server.address) as client:
@@ -1382,8 +1476,6 @@ class TestShutdown:
             assert await client.until_closed() == [(REPLY, 2, "done"), (9, 2, None)]
 
     async def test_a_handshake_that_never_comes(self, serving: Any, caplog: pytest.LogCaptureFixture) -> None:
-        from trio_dcore import Limits
-
         caplog.set_level(logging.INFO, "trio_dcore.server")
         async with serving({"echo": echo}, "tcp://127.0.0.1:0", limits=Limits(handshake_timeout=0.05)) as (server, remote):
             async with await ManualPeer.connect(server.address) as peer:

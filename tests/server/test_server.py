@@ -646,6 +646,43 @@ class TestOutsideCancellation:
             remote.close_comms()
         assert isinstance(gate.outcome, trio.Cancelled)
 
+    @pytest.mark.parametrize("exit", [KeyboardInterrupt(), SystemExit(3)])
+    async def test_an_exit_in_a_nursery_of_the_block_comes_out_alone(self, exit: BaseException) -> None:
+        async def leave() -> None:
+            raise exit
+
+        with pytest.raises(type(exit)) as caught:
+            async with Server():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(leave)
+        assert caught.value is exit
+
+    async def test_a_group_of_the_block_stays_as_it_is(self) -> None:
+        group = ExceptionGroup("of the block", [ValueError(), KeyError()])
+        with pytest.raises(ExceptionGroup) as caught:
+            async with Server():
+                raise group
+        assert caught.value is group
+
+    async def test_listening_in_the_moment_of_it(self) -> None:
+        """Whoever calls listen() then gets an error or is cancelled, and the address is free again."""
+        for _ in range(20):
+            with trio.CancelScope() as scope:
+                async with Server() as server, trio.open_nursery() as nursery:
+
+                    async def listen(server: Server = server) -> None:
+                        with trio.CancelScope(shield=True):
+                            try:
+                                await server.listen("inproc://shielded")
+                            except LocalProtocolError:
+                                pass
+
+                    nursery.start_soon(listen)
+                    await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            async with Server() as other:
+                await other.listen("inproc://shielded")
+
     async def test_the_block_and_the_server_fail(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(self: Any) -> None:
             raise ZeroDivisionError("in the server")

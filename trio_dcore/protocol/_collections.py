@@ -10,6 +10,7 @@ from typing import Any
 
 import msgpack
 
+from ._collisions import make_dict, make_set
 from ._context import Buffer
 from ._errors import RemoteProtocolError, SerializationError, UnsafePayload
 from ._registry import find_for_class
@@ -158,7 +159,7 @@ def load(header: Header, frames: list[Buffer], element: Callable[[Header, list[B
         start += length
     try:
         if cls is dict:
-            return dict(zip([sub_header["key"] for sub_header in headers], values, strict=True))
-        return cls(values)
+            return make_dict(list(zip([sub_header["key"] for sub_header in headers], values, strict=True)))
+        return make_set(values) if cls is set else cls(values)
     except TypeError as exc:
         raise RemoteProtocolError(f"a {cls.__name__} came that can't be one: {exc}") from exc

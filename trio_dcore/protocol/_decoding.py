@@ -14,6 +14,7 @@ from msgpack import ExtType, unpackb
 
 from ._buffers import nbytes
 from ._compression import Budget
+from ._collisions import FEW, make_dict, make_set
 from ._context import Buffer, DecodeContext
 from ._enums import enum_member
 from ._errors import DcoreError, LimitExceeded, RemoteProtocolError, SerializationError, UnsafePayload
@@ -24,6 +25,8 @@ from ._types import Serialized
 
 __all__ = ["Decoder"]
 
+# Bytes of an extension value.  An integer of that size is compared with a Decimal within 0.1 ms (measured).
+_LARGE = 1024
 _TWO_UNDERSCORES = re.compile(b"__")
 
 
@@ -48,17 +51,19 @@ class Decoder:
         It is the whole message unless :meth:`has_markers`.  In place means a dict with the marker's keys.
 
         Raises:
-            RemoteProtocolError: it is not one complete msgpack value.
+            RemoteProtocolError: it is not one complete msgpack value, or the keys of a map in it were chosen to collide.
         """
         try:
-            return unpackb(frame0, raw=False, use_list=False, strict_map_key=False, ext_hook=self._ext_hook)
+            # msgpack's own rule for keys, texts only, costs nothing, and such keys can't be made to collide.
+            return unpackb(frame0, raw=False, use_list=False, ext_hook=self._ext_hook)
         except (RemoteProtocolError, MemoryError):
             raise
-        except (TypeError, TagSeen):
-            # Something can't be hashed as it is.  It may be a marker as the key of a map, which resolves to something that can.
-            return _Reader(self._extensions).read(frame0)
+        except TagSeen:
+            pass
         except Exception as exc:
-            raise _invalid("frame 0", exc) from exc
+            if type(exc) is not ValueError:  # which is also what a key of another kind gets
+                raise _invalid("frame 0", exc) from exc
+        return _Reader(self._extensions).read(frame0)
 
     def has_markers(self, frames: Sequence[Buffer]) -> bool:
         """Whether :meth:`resolve` may give anything else than :meth:`head`; cheap.
@@ -119,12 +124,13 @@ class _Reader:
     def __init__(self, extensions: bool) -> None:
         self._extensions = extensions
         self._tags = 0
+        self._few = FEW
         self._failure: BaseException | None = None
 
     def read(self, frame0: Buffer) -> Any:
         ext_hook = self._ext if self._extensions else ExtType
         try:
-            value = unpackb(frame0, raw=False, use_list=False, strict_map_key=False, object_hook=self._map, ext_hook=ext_hook)
+            value = unpackb(frame0, raw=False, use_list=False, strict_map_key=False, object_pairs_hook=self._map, ext_hook=ext_hook)
         except (DcoreError, MemoryError):
             raise
         except Exception as exc:
@@ -139,14 +145,19 @@ class _Reader:
         value = decode_ext(code, payload)
         if type(value) is Tag:
             self._tags += 1
+            # Frozensets in frozensets, and very large integers, can take long to compare: even a few of them are looked at.
+            self._few = 1
+        elif len(payload) > _LARGE:
+            self._few = 1
         return value
 
-    def _map(self, value: dict[Any, Any]) -> Any:
+    def _map(self, pairs: list[tuple[Any, Any]]) -> Any:
+        value = make_dict(pairs, self._few)
         if value.keys().isdisjoint(self.special):
             return value
         if FROZENSET in value or DICT in value:
             self._tags -= 1
-            return untag(value)
+            return untag(value, self._few)
         return self._marker(value)
 
     def _marker(self, value: dict[Any, Any]) -> Any:
@@ -180,7 +191,7 @@ class _Resolution(_Reader):
         if ENUM in value:
             return enum_member(value, self._ctx.enum_modules)
         if SET in value:
-            return _set(value)
+            return _set(value, self._few)
         return value  # {"__Pickled__": 0} is only a dict, for Dask too
 
     def _serialized(self, index: int) -> Any:
@@ -195,7 +206,7 @@ class _Resolution(_Reader):
         self._at = PICKLED, index
         if not self._ctx.allow_pickle():
             raise UnsafePayload("a pickle came from a peer that is not trusted; it was not loaded")
-        header, frames = self._parts(index, None)
+        header, frames = self._parts(index, make_dict)
         return self._guarded(unpickle_parts, header, frames)
 
     def _guarded(self, load: Callable[..., Any], header: dict[Any, Any], frames: list[Buffer]) -> Any:
@@ -208,7 +219,7 @@ class _Resolution(_Reader):
             self._failure = exc
             raise
 
-    def _parts(self, index: int, hook: Callable[[dict[Any, Any]], Any] | None) -> tuple[dict[Any, Any], list[Buffer]]:
+    def _parts(self, index: int, hook: Callable[[list[tuple[Any, Any]]], Any]) -> tuple[dict[Any, Any], list[Buffer]]:
         """Header and payload frames that a marker names; each belongs to one marker, else a short message could be endless."""
         frames = self._frames
         if index >= len(frames):
@@ -218,7 +229,7 @@ class _Resolution(_Reader):
         if limit is not None and nbytes(frame) > limit:
             raise LimitExceeded.of("head", limit, nbytes(frame), "a payload's header frame")
         try:
-            header = unpackb(frame, raw=False, use_list=False, strict_map_key=False, object_hook=hook)
+            header = unpackb(frame, raw=False, use_list=False, strict_map_key=False, object_pairs_hook=hook)
         except (DcoreError, MemoryError):
             raise
         except Exception as exc:
@@ -243,7 +254,8 @@ class _HeaderHook:
     def __init__(self, ctx: DecodeContext) -> None:
         self._ctx = ctx
 
-    def __call__(self, value: dict[Any, Any]) -> Any:
+    def __call__(self, pairs: list[tuple[Any, Any]]) -> Any:
+        value = make_dict(pairs)
         if ENUM in value:
             try:
                 return enum_member(value, self._ctx.enum_modules)
@@ -253,7 +265,7 @@ class _HeaderHook:
                     raise
                 return value
         if SET in value:
-            return _set(value)
+            return _set(value, FEW)
         if SERIALIZED in value:
             parts = value.get("data")
             if type(parts) is tuple and len(parts) == 2:
@@ -272,11 +284,11 @@ def _index(marker: dict[Any, Any], key: str) -> int:
     return index
 
 
-def _set(marker: dict[Any, Any]) -> set[Any]:
+def _set(marker: dict[Any, Any], few: int) -> set[Any]:
     elements = marker.get("as-list")
     if type(elements) is not tuple:
         raise RemoteProtocolError("a __Set__ marker has no array 'as-list'")
-    return set(elements)
+    return make_set(elements, few)
 
 
 def _invalid(what: str, exc: Exception) -> RemoteProtocolError:

@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgpack import ExtType
 
+from ._collisions import FEW, make_dict, make_frozenset
 from ._errors import RemoteProtocolError
 
 if TYPE_CHECKING:
@@ -246,21 +247,25 @@ def decode_ext(code: int, payload: bytes) -> object:
         raise RemoteProtocolError(f"bad extension value of type {name}: {exc}") from exc
 
 
-def untag(marker: dict[Any, Any]) -> frozenset[Any] | dict[Any, Any]:
+def untag(marker: dict[Any, Any], few: int = FEW) -> frozenset[Any] | dict[Any, Any]:
     """Return what a map whose key is a :class:`Tag` stands for.
 
+    Args:
+        marker: the map.
+        few: as for :func:`._collisions.make_dict`.
+
     Raises:
-        RemoteProtocolError: the map is not one pair of a tag and an array.
+        RemoteProtocolError: the map is not one pair of a tag and an array, or its elements were chosen to collide.
         TypeError: an element can't be hashed.
     """
     ((tag, items), *more) = marker.items()
     if more or type(tag) is not Tag or type(items) is not tuple:
         raise RemoteProtocolError("bad extension value: a frozenset or dict is a map of one pair, its tag and an array")
     if tag is FROZENSET:
-        return frozenset(items)
+        return make_frozenset(items, few)
     if len(items) % 2:
         raise RemoteProtocolError("bad extension value of type dict: a key without a value")
-    return dict(zip(items[::2], items[1::2], strict=True))
+    return make_dict(list(zip(items[::2], items[1::2], strict=True)), few)
 
 
 def _read_int(payload: bytes) -> int:

@@ -18,6 +18,7 @@ import msgpack
 
 from . import _collections, _dask_family
 from ._buffers import flat, join, nbytes, shards
+from ._collisions import unpack_plain
 from ._compression import Budget, compress_payload, decompress
 from ._context import Buffer, DecodeContext, EncodeContext
 from ._errors import DcoreError, LimitExceeded, RemoteProtocolError, SerializationError, UnsafePayload
@@ -349,7 +350,9 @@ def _read_msgpack(header: Header, frames: list[Buffer], ctx: DecodeContext) -> A
         # As of frame 0: empty containers take up to 78 times the memory of their bytes (security document, section 2).
         raise LimitExceeded.of("head", limit, len(data), "a payload of the msgpack family, in bytes,")
     try:
-        return msgpack.unpackb(data, use_list=False, raw=False, strict_map_key=False)
+        return unpack_plain(data)
+    except RemoteProtocolError:
+        raise
     except Exception as exc:
         raise RemoteProtocolError(f"a payload of the msgpack family can't be read: {type(exc).__name__}: {exc}") from exc
 

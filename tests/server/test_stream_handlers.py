@@ -1,0 +1,146 @@
+"""Dask's message streams (wire document, section 7), with the one difference: a bad message costs nobody else anything."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from trio_dcore import CommClosedError, Server, connect
+from trio_dcore.testing import memory_network, no_leaks
+
+
+class Noted:
+    """Stream handlers that write down what they are given."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.done = trio.Event()
+        self.handlers = {"note": self.note, "later": self.later, "fail": self.fail, "odd": self.odd, "done": self.done.set}
+
+    def note(self, **arguments: Any) -> None:
+        self.found.append(arguments)
+
+    async def later(self, x: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self.found.append(x)
+
+    def fail(self) -> None:
+        raise ValueError("this message only")
+
+    def odd(self) -> None:
+        raise GeneratorExit
+
+
+async def send(*batches: Any, where: str = "tcp://127.0.0.1:0") -> Noted:
+    """Send batches down a stream to a server and return what its handlers noted."""
+    noted = Noted()
+    async with no_leaks(), Server(stream_handlers=noted.handlers) as server:
+        async with await connect(await server.listen(where)) as comm:
+            await comm.write({"op": "connection_stream", "reply": False})
+            for batch in batches:
+                await comm.write(batch)
+            await comm.write([{"op": "done"}])
+            await noted.done.wait()
+    return noted
+
+
+@pytest.mark.parametrize("where", ["tcp://127.0.0.1:0", "inproc://"])
+async def test_messages_are_handled_in_order(where: str) -> None:
+    """A list of messages or a single one, plain or async handlers."""
+    batches = [[{"op": "later", "x": 1}, {"op": "note", "y": 2}], {"op": "later", "x": 3}, [{"op": "note", "z": (4,)}]]
+    assert (await send(*batches, where=where)).found == [1, {"y": 2}, 3, {"z": (4,)}]
+
+
+async def test_a_bad_message_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """An unknown or missing op, an op of another type, a handler that raises, wrong arguments, and no message at all."""
+    bad = [{"op": "unknown"}, {"x": 1}, {"op": 5}, {"op": "fail"}, {"op": "odd"}, {"op": "later", "wrong": 1}, 7, "text", None]
+    noted = await send([*bad, {"op": "note", "x": 1}], *bad, {"op": "note", "x": 2})
+    assert noted.found == [{"x": 1}, {"x": 2}]
+    dropped = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(dropped) == 2 * len(bad)
+
+
+async def test_an_empty_op_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    noted = await send([{"op": ""}, {"op": None}, {"op": "note", "x": 1}])
+    assert noted.found == [{"x": 1}]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_ok_drops_the_rest_of_its_batch() -> None:
+    noted = await send([{"op": "note", "x": 1}, "OK", {"op": "note", "x": 2}], [{"op": "note", "x": 3}])
+    assert noted.found == [{"x": 1}, {"x": 3}]
+
+
+async def test_close_stream_ends_it() -> None:
+    """The rest of the batch is dropped and the comm is closed."""
+    noted = Noted()
+    async with no_leaks(), Server(stream_handlers=noted.handlers) as server:
+        async with await connect(await server.listen("tcp://127.0.0.1:0")) as comm:
+            await comm.write({"op": "connection_stream", "reply": False})
+            await comm.write([{"op": "note", "x": 1}, {"op": "close-stream"}, {"op": "note", "x": 2}])
+            with pytest.raises(CommClosedError):
+                await comm.read()
+    assert noted.found == [{"x": 1}]
+
+
+async def test_what_was_sent_is_handled_though_the_sender_has_gone() -> None:
+    noted = Noted()
+    async with no_leaks(), Server(stream_handlers=noted.handlers) as server:
+        comm = await connect(await server.listen("tcp://127.0.0.1:0"))
+        await comm.write({"op": "connection_stream", "reply": False})
+        for number in range(50):
+            await comm.write([{"op": "later", "x": number}])
+        await comm.write([{"op": "done"}])
+        await comm.close()
+        await noted.done.wait()
+    assert noted.found == list(range(50))
+
+
+async def test_many_messages_let_others_run(autojump_clock: trio.testing.MockClock) -> None:
+    """A batch whose handlers need no wait does not keep everybody else waiting, and can be cut."""
+    noted = Noted()
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while not noted.done.is_set():
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    with memory_network():
+        async with Server(stream_handlers=noted.handlers) as server, trio.open_nursery() as nursery:
+            async with await connect(await server.listen("memory://")) as comm:
+                await comm.write({"op": "connection_stream", "reply": False})
+                await trio.testing.wait_all_tasks_blocked()
+                await comm.write([{"op": "note", "x": number} for number in range(320)] + [{"op": "done"}])
+                nursery.start_soon(others)
+                await noted.done.wait()
+    assert len(noted.found) == 320
+    assert turns >= 320 // 16
+
+
+async def test_extra_arguments_yield_to_the_message_s_own() -> None:
+    noted = Noted()
+
+    class Extra(Server):
+        async def connection_stream(self, comm: Any) -> None:
+            await self.handle_stream(comm, extra={"who": "us", "x": 0})
+
+    async with Extra(stream_handlers=noted.handlers) as server:
+        async with await connect(await server.listen("tcp://127.0.0.1:0")) as comm:
+            await comm.write({"op": "connection_stream", "reply": False})
+            await comm.write([{"op": "note", "x": 1}, {"op": "note"}, {"op": "done", "who": "us"}, {"op": "note", "x": 2}])
+            await comm.write({"op": "close-stream"})
+            with pytest.raises(CommClosedError):
+                await comm.read()
+    # `done` takes no arguments, and so none of these: its message is dropped.
+    assert noted.found == [{"who": "us", "x": 1}, {"who": "us", "x": 0}, {"who": "us", "x": 2}]
+
+
+async def test_there_is_no_such_op_without_stream_handlers() -> None:
+    assert "connection_stream" not in Server().handlers
+    assert "connection_stream" in Server(stream_handlers={"x": print}).handlers
