@@ -74,6 +74,9 @@ async def test_a_server_that_never_called_anybody_has_no_open_pool() -> None:
 
 
 async def test_its_trust_is_that_of_its_calls(serving: Any) -> None:
-    async with serving({"give": ValueError}, "tcp://127.0.0.1:0") as (target, _remote), Server(security=Security(pickle="never")) as server:
+    async with (
+        serving({"give": ValueError}, "tcp://127.0.0.1:0") as (target, _remote),
+        Server(security=Security(pickle="never")) as server,
+    ):
         with pytest.raises(UnsafePayload):
             await server.rpc(target.address).give()

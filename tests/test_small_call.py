@@ -157,7 +157,12 @@ async def test_a_request_on_a_bare_comm(monkeypatch: pytest.MonkeyPatch) -> None
                         assert await comm.read() == number + 1
             finally:
                 trio.lowlevel.remove_instrument(steps)
-            assert dict(profile.counts) == {"send": 2 * CALLS, "recv": 2 * CALLS, "poll of one socket": 2 * CALLS, "epoll_ctl": 2 * CALLS}
+            assert dict(profile.counts) == {
+                "send": 2 * CALLS,
+                "recv": 2 * CALLS,
+                "poll of one socket": 2 * CALLS,
+                "epoll_ctl": 2 * CALLS,
+            }
             assert steps.steps == 2 * CALLS
             assert steps.spawned == 0
             assert not scopes.counts

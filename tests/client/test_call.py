@@ -117,7 +117,10 @@ class TestWhatCanNotTravel:
             assert remote.pool.active == 0
 
     async def test_a_pickle_to_a_stranger(self, serving: Any) -> None:
-        async with serving({"echo": echo}, "tcp://127.0.0.1:0", client={"security": Security(pickle="never")}) as (server, remote):
+        async with serving({"echo": echo}, "tcp://127.0.0.1:0", client={"security": Security(pickle="never")}) as (
+            server,
+            remote,
+        ):
             for _ in range(2):
                 with pytest.raises(UnsafePayload):
                     await remote.echo(x=ValueError())
@@ -125,7 +128,9 @@ class TestWhatCanNotTravel:
             assert server.statistics().connections == 1
 
     async def test_a_pickle_from_a_stranger(self, serving: Any) -> None:
-        async with serving({"give": ValueError, "echo": echo}, "tcp://127.0.0.1:0", client={"security": Security(pickle="never")}) as (
+        async with serving(
+            {"give": ValueError, "echo": echo}, "tcp://127.0.0.1:0", client={"security": Security(pickle="never")}
+        ) as (
             server,
             remote,
         ):
@@ -141,7 +146,10 @@ class TestWhatCanNotTravel:
 
     async def test_an_answer_that_is_too_large(self, serving: Any) -> None:
         limits = Limits(message=10_000, message_trusted=10_000, head=10_000, head_trusted=10_000)
-        async with serving({"big": lambda: bytes(20_000), "echo": echo}, "tcp://127.0.0.1:0", client={"limits": limits}) as (_server, remote):
+        async with serving({"big": lambda: bytes(20_000), "echo": echo}, "tcp://127.0.0.1:0", client={"limits": limits}) as (
+            _server,
+            remote,
+        ):
             with pytest.raises(LimitExceeded, match="message_trusted"):
                 await remote.big()
             assert await remote.echo(x=1) == 1
@@ -187,7 +195,17 @@ class TestOddAnswers:
 
     @pytest.mark.parametrize(
         "answer",
-        [(REPLY, 2, None), (ITEM, 1, None), (END, 1, None), (WINDOW, 1, (1, 1)), (CANCEL, 1, None), (99, 1, None), (REPLY, 1), "OK", None]
+        [
+            (REPLY, 2, None),
+            (ITEM, 1, None),
+            (END, 1, None),
+            (WINDOW, 1, (1, 1)),
+            (CANCEL, 1, None),
+            (99, 1, None),
+            (REPLY, 1),
+            "OK",
+            None,
+        ]
         + [{"status": "OK"}, {}, (REPLY, -1, None)],
     )
     async def test_what_is_no_answer(self, answer: Any, where: str, scripted: Any) -> None:
@@ -477,7 +495,6 @@ class TestCancelled:
             await wait_all_tasks_blocked()
             assert ended == [pytest.approx(start + 5)]
             assert await remote.echo(x=1) == 1
-
 
     async def test_one_that_the_server_notices_first(self, where: str, scripted: Any) -> None:
         """Then it is our own scope's all the same; and if it wasn't ours the caller is told."""

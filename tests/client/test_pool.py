@@ -125,7 +125,9 @@ class TestReuse:
             assert pool.open == 0
             balanced(pool)
 
-    async def test_a_comm_that_has_ended_is_replaced_silently(self, where: str, serving: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_a_comm_that_has_ended_is_replaced_silently(
+        self, where: str, serving: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async with serving({"echo": echo}, where) as (server, _remote), ConnectionPool() as pool:
             for _ in range(3):
                 assert await pool(server.address).echo(x=1) == 1
@@ -280,7 +282,9 @@ class TestLimit:
 
 
 class TestWaiting:
-    async def test_says_so_once_and_gives_up_at_last(self, serving: Any, autojump_clock: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_says_so_once_and_gives_up_at_last(
+        self, serving: Any, autojump_clock: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
         gates = Gates()
         async with serving({"gate": gates, "echo": echo}, patience=10_000) as (server, _remote), ConnectionPool(2) as pool:
             async with trio.open_nursery() as nursery:
@@ -310,7 +314,11 @@ class TestWaiting:
     ) -> None:
         gates = Gates()
         pool = ConnectionPool(1, limits=Limits(pool_wait=patience))
-        async with serving({"gate": gates, "echo": echo}, patience=1e6) as (server, _remote), pool, trio.open_nursery() as nursery:
+        async with (
+            serving({"gate": gates, "echo": echo}, patience=1e6) as (server, _remote),
+            pool,
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(pool(server.address).gate)
             await gates.until(1)
             start = trio.current_time()
@@ -780,7 +788,9 @@ class TestGoodbye:
 
 
 class TestNothingSent:
-    async def test_a_comm_that_dies_before_the_first_byte_is_replaced(self, serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_comm_that_dies_before_the_first_byte_is_replaced(
+        self, serving: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """As when the reset comes between the look at the socket and the write."""
         async with serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, _remote), ConnectionPool() as pool:
             assert await pool(server.address).echo(x=1) == 1

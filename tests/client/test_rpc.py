@@ -79,7 +79,9 @@ async def test_without_a_block_as_dask_has_it(where: str, serving: Any) -> None:
 
 
 async def test_made_outside_of_trio_and_never_connected() -> None:
-    remote = rpc(("127.0.0.1", 8786), limit=3, security=Security(pickle="never"), limits=Limits(idle=5), deserialize=False, timeout=1)
+    remote = rpc(
+        ("127.0.0.1", 8786), limit=3, security=Security(pickle="never"), limits=Limits(idle=5), deserialize=False, timeout=1
+    )
     assert remote.address == "tcp://127.0.0.1:8786"
     assert repr(remote) == "<rpc tcp://127.0.0.1:8786>"
     assert isinstance(remote.pool, ConnectionPool)

@@ -103,7 +103,17 @@ class TestReceiving:
 
     @pytest.mark.parametrize(
         "message",
-        [(ITEMS, 5, ()), (ITEMS, 5, "text"), (WINDOW, 5, None), (GOODBYE, 5, None), (GOODBYE, 4, None), (77, 5, None), "text", {"op": "x"}, (1,)],
+        [
+            (ITEMS, 5, ()),
+            (ITEMS, 5, "text"),
+            (WINDOW, 5, None),
+            (GOODBYE, 5, None),
+            (GOODBYE, 4, None),
+            (77, 5, None),
+            "text",
+            {"op": "x"},
+            (1,),
+        ],
     )
     async def test_what_is_no_envelope_closes_the_comm(self, message: Any, where: str) -> None:
         async with comms(where) as (ours, theirs):
@@ -259,7 +269,11 @@ class TestWindow:
             assert await theirs.read() == "nothing before this"
 
     async def test_too_much(self, where: str) -> None:
-        for messages in ([(ITEM, 5, i) for i in range(5)], [(ITEMS, 5, tuple(range(5)))], [(ITEM, 5, 1), (ITEMS, 5, (2, 3, 4, 5))]):
+        for messages in (
+            [(ITEM, 5, i) for i in range(5)],
+            [(ITEMS, 5, tuple(range(5)))],
+            [(ITEM, 5, 1), (ITEMS, 5, (2, 3, 4, 5))],
+        ):
             async with comms(where) as (ours, theirs):
                 stream = substream(ours, window=Credit(4, 2**20), credit=Credit(0, 1))
                 for message in messages:
@@ -404,7 +418,9 @@ class TestSending:
             await stream.send(to_serialize((1, "a")), serializers=["msgpack"])
             assert await read(theirs) == (ITEM, 5, (1, "a"))
 
-    @pytest.mark.parametrize(("kind", "half_close", "deaf"), [(END, True, False), (END, False, True), (CANCEL, True, True), (REPLY, False, True)])
+    @pytest.mark.parametrize(
+        ("kind", "half_close", "deaf"), [(END, True, False), (END, False, True), (CANCEL, True, True), (REPLY, False, True)]
+    )
     async def test_behind_the_peers_end(self, kind: int, half_close: bool, deaf: bool, where: str) -> None:
         async with comms(where) as (ours, theirs):
             stream = substream(ours, half_close=half_close, credit=Credit(3, 2**20))

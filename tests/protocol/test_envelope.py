@@ -36,13 +36,18 @@ HUGE = 10**5000  # str() of it raises
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=50) | st.binary(max_size=50),
-    lambda inner: st.lists(inner, max_size=4) | st.lists(inner, max_size=4).map(tuple) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.text(max_size=9), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
 
 def test_the_numbers_are_the_wires() -> None:
-    assert [REPLY, ERROR, ITEM, ITEMS, END, CANCEL, WINDOW, PING, PONG, GOODBYE] == list(range(10))
+    kinds = [REPLY, ERROR, ITEM, ITEMS, END, CANCEL, WINDOW, PING, PONG, GOODBYE]
+    assert kinds == list(range(10))
     assert KEY == "trio-dcore"
 
 
@@ -57,7 +62,16 @@ class TestEnvelope:
         "message",
         [None, 1, "OK", b"", {}, {"op": "x"}, [0, 1, None], (), (0,), (0, 1), (0, 1, 2, 3)]
         + [(-1, 1, None), (10, 1, None), (True, 1, None), (0.0, 1, None), ("0", 1, None), (None, 1, None)]
-        + [(0, -1, None), (0, 2**63, None), (0, True, None), (0, 1.0, None), (0, "1", None), (0, None, None), (0, HUGE, None), (HUGE, 1, None)]
+        + [
+            (0, -1, None),
+            (0, 2**63, None),
+            (0, True, None),
+            (0, 1.0, None),
+            (0, "1", None),
+            (0, None, None),
+            (0, HUGE, None),
+            (HUGE, 1, None),
+        ]
         + [namedtuple("Envelope", "kind id value")(0, 1, None)],
     )
     def test_what_is_none(self, message: Any) -> None:
@@ -155,7 +169,12 @@ class TestRequestHeader:
         with pytest.raises(RemoteProtocolError, match="a window is"):
             parse_request_header({"id": 1, "window": window})
 
-    @given(anything | st.fixed_dictionaries({"id": st.integers(1, 9)}, optional={"deadline": anything, "stream": anything, "window": anything}))
+    @given(
+        anything
+        | st.fixed_dictionaries(
+            {"id": st.integers(1, 9)}, optional={"deadline": anything, "stream": anything, "window": anything}
+        )
+    )
     def test_anything(self, value: Any) -> None:
         try:
             header = parse_request_header(value)
@@ -165,7 +184,16 @@ class TestRequestHeader:
         assert header.deadline is None or (type(header.deadline) is float and header.deadline < math.inf)
 
 
-@pytest.mark.parametrize(("value", "shown"), [("x" * 1000, "x" * 40), (b"x" * 1000, "x" * 40), ([1] * 1000, "a list"), pytest.param(HUGE, "bits", id="huge"), (None, "None")])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("x" * 1000, "x" * 40),
+        (b"x" * 1000, "x" * 40),
+        ([1] * 1000, "a list"),
+        pytest.param(HUGE, "bits", id="huge"),
+        (None, "None"),
+    ],
+)
 def test_what_is_shown_of_a_peers_value_is_short(value: Any, shown: str) -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         parse_envelope(value)

@@ -213,7 +213,10 @@ class TestKeys:
             await comm.write("by itself")
             return Status.dont_reply
 
-        async with serving({"by_itself": by_itself, "add": add}, where) as (server, _remote), await connect(server.address) as comm:
+        async with (
+            serving({"by_itself": by_itself, "add": add}, where) as (server, _remote),
+            await connect(server.address) as comm,
+        ):
             for _ in range(2):
                 assert await send_recv(comm, op="by_itself") == "by itself"
             assert await send_recv(comm, op="add", x=1) == 2
@@ -342,12 +345,17 @@ class TestBadRequests:
             assert "'serializers' must be a list of family names" in (await comm.read())["exception_text"]
             assert await send_recv(comm, op="add", x=1) == 2
 
-    async def test_bytes_that_are_no_message(self, serving: Any) -> None:
+    @pytest.mark.parametrize(
+        "data",
+        [b"GET / HTTP/1.1\r\nHost: here\r\n\r\n", bytes(64), b"\x01" + bytes(7) + b"\x01" + bytes(23), b"\xff" * 64],
+        ids=repr,
+    )
+    async def test_bytes_that_are_no_message(self, data: bytes, serving: Any) -> None:
         async with serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, remote):
             assert await remote.echo(x=1) == 1
             async with await ManualPeer.connect(server.address) as peer:
                 await peer.handshake()
-                await peer.send_bytes(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+                await peer.send_bytes(data)
                 await peer.expect_end()
             assert await remote.echo(x=1) == 1
             assert server.statistics().errors == 1
@@ -546,6 +554,7 @@ class TestErrors:
 
     async def test_a_protocol_error_of_a_handler_is_an_answer(self, where: str, serving: Any) -> None:
         """It may have come from a third server, and says nothing about this connection."""
+
         def fail(kind: str) -> None:
             raise {"protocol": RemoteProtocolError, "limit": LimitExceeded}[kind]("of somebody else")
 
@@ -633,7 +642,9 @@ class TestErrors:
             if where.startswith("inproc"):  # TCP can't tell yet that nobody reads what is written
                 assert "ZeroDivisionError: in the finally" in caplog.text
 
-    @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt("stop"), BaseExceptionGroup("g", [SystemExit(3), ValueError()])])
+    @pytest.mark.parametrize(
+        "error", [SystemExit(3), KeyboardInterrupt("stop"), BaseExceptionGroup("g", [SystemExit(3), ValueError()])]
+    )
     async def test_that_end_the_program_come_out_of_the_server(self, error: BaseException, where: str) -> None:
         """C06."""
         other = Watched()
@@ -692,7 +703,7 @@ class TestErrors:
             raise kept
 
         sibling = Watched()
-        async with serving({"stray": stray, "sibling": sibling, "add": add}, where) as (server, remote):
+        async with serving({"stray": stray, "sibling": sibling, "add": add}, where) as (_server, remote):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(remote.sibling)
                 await sibling.started.wait()
@@ -755,7 +766,13 @@ class TestIsolation:
             for n in range(6):
                 await comm.write({"op": "slow", "n": n, "reply": n != 2})
             answers = [await comm.read() for _ in range(5)]
-            assert [answer if isinstance(answer, int) else answer["status"] for answer in answers] == [0, 1, "uncaught-error", 4, 5]
+            assert [answer if isinstance(answer, int) else answer["status"] for answer in answers] == [
+                0,
+                1,
+                "uncaught-error",
+                4,
+                5,
+            ]
 
     async def test_statistics_while_a_handler_runs(self, where: str, serving: Any) -> None:
         handler = Watched()
@@ -796,6 +813,7 @@ class TestDisconnect:
             return await handler()
 
         async def generator() -> AsyncIterator[str]:
+            await trio.lowlevel.checkpoint()
             yield "first"
             yield await handler()
 
@@ -804,7 +822,10 @@ class TestDisconnect:
 
         with memory_network():
             handler = Watched()
-            async with serving({"wait": wait, "generator": generator, "reads": reads, "add": add}, "memory://") as (server, remote):
+            async with serving({"wait": wait, "generator": generator, "reads": reads, "add": add}, "memory://") as (
+                server,
+                remote,
+            ):
                 async with await connect(server.address) as comm:
                     await comm.write({"op": "wait", "reply": True})
                     await handler.started.wait()
@@ -1051,7 +1072,10 @@ class TestRawComm:
             raise AssertionError("started")
             yield
 
-        async with serving({"count": count, "lambda": lambda: count()}, where) as (server, _remote), await connect(server.address) as comm:
+        async with (
+            serving({"count": count, "lambda": lambda: count()}, where) as (server, _remote),
+            await connect(server.address) as comm,
+        ):
             for op in ("count", "lambda"):
                 for reply in (True, 1):
                     with pytest.raises(TypeError, match="use .stream"):
@@ -1210,7 +1234,15 @@ class TestOptedIn:
 
     @pytest.mark.parametrize("reply", [True, False])
     async def test_an_envelope_between_requests_that_is_none(self, reply: bool, where: str, serving: Any) -> None:
-        for message in ((99, 1, None), (ITEM, 1), (ITEM, "1", None), (ITEM, 2, None), ("op", 1, None), (ITEM, -1, None), (-1, 1, None)):
+        for message in (
+            (99, 1, None),
+            (ITEM, 1),
+            (ITEM, "1", None),
+            (ITEM, 2, None),
+            ("op", 1, None),
+            (ITEM, -1, None),
+            (-1, 1, None),
+        ):
             async with serving({"echo": echo}, where) as (server, remote), opted_in(server.address) as client:
                 await client.request("echo", 1, x=1)
                 assert await client.read() == (REPLY, 1, 1)
@@ -1221,7 +1253,15 @@ class TestOptedIn:
 
     @pytest.mark.parametrize(
         "envelope",
-        [(ITEM, 2, None), (99, 1, None), (ITEMS, 1, ()), (ITEMS, 1, "ab"), (WINDOW, 1, None), (WINDOW, 1, (-1, 1)), (WINDOW, 1, (2**41, 1))]
+        [
+            (ITEM, 2, None),
+            (99, 1, None),
+            (ITEMS, 1, ()),
+            (ITEMS, 1, "ab"),
+            (WINDOW, 1, None),
+            (WINDOW, 1, (-1, 1)),
+            (WINDOW, 1, (2**41, 1)),
+        ]
         + [(REPLY, 1, None), (ERROR, 1, {}), (9, 1, None), (9, 0, None), "OK", {"op": "echo"}, (1, 2), None],
     )
     async def test_an_envelope_on_a_stream_that_is_none(self, envelope: Any, where: str, serving: Any) -> None:
@@ -1384,7 +1424,12 @@ class TestDeadline:
 
         servers: dict[str, Server] = {}
         with trio.fail_after(1000):
-            async with Server({"hop": hop}) as a, Server({"hop": hop}) as b, Server({"hop": hop}) as c, rpc(await a.listen("inproc://")) as remote:
+            async with (
+                Server({"hop": hop}) as a,
+                Server({"hop": hop}) as b,
+                Server({"hop": hop}) as c,
+                rpc(await a.listen("inproc://")) as remote,
+            ):
                 for server, address in ((a, a.address), (b, await b.listen("inproc://")), (c, await c.listen("inproc://"))):
                     servers[address] = server
                 start = trio.current_time()
@@ -1426,9 +1471,11 @@ class TestShutdown:
             assert server.statistics().refused == 3
 
     async def test_goodbye_to_who_has_made_opted_in_requests(self, where: str, serving: Any) -> None:
-        async with serving({"echo": echo}, where) as (server, _remote), opted_in(server.address) as client, await connect(
-            server.address
-        ) as plain:
+        async with (
+            serving({"echo": echo}, where) as (server, _remote),
+            opted_in(server.address) as client,
+            await connect(server.address) as plain,
+        ):
             await client.request("echo", 4, x=1)
             assert await client.read() == (REPLY, 4, 1)
             assert await send_recv(plain, op="echo", x=1) == 1
@@ -1461,7 +1508,9 @@ class TestShutdown:
             await handler.started.wait()
             for cls in (FramedComm, InprocComm):
                 monkeypatch.setattr(cls, "write_nowait", gone)
-            server.stop(0)
+            server.stop(60)  # the goodbye
+            await wait_all_tasks_blocked(0.01)
+            server.stop(0)  # the last words
             await server.finished()
             assert await client.until_closed() == []
         assert caplog.records == []
@@ -1494,7 +1543,10 @@ class TestShutdown:
             assert await remote.echo(x=1) == 1
 
     async def test_a_handshake_under_way(self, serving: Any) -> None:
-        async with serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, _remote), await ManualPeer.connect(server.address) as peer:
+        async with (
+            serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, _remote),
+            await ManualPeer.connect(server.address) as peer,
+        ):
             await peer.receive()
             assert server.statistics().handshaking == 1
             server.stop(60)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
-from trio_dcore.server._drive import drive
+from trio_dcore.server._drive import drive, frames_of
 
 variable: ContextVar[str] = ContextVar("variable", default="outside")
 
@@ -160,6 +161,71 @@ class TestSwallowed:
 
         with trio.CancelScope() as scope:
             assert await drive(copy_context(), in_time()) == "result"
+
+
+class TestFramesOf:
+    """Where a task waits, also in what it drives: for the log line about tasks that do not end."""
+
+    def names(self, task: trio.lowlevel.Task) -> list[str]:
+        return [frame.f_code.co_name for frame, _line in frames_of(task)]
+
+    async def test_a_coroutine(self) -> None:
+        async def inner() -> None:
+            await trio.sleep_forever()
+
+        async def outer() -> None:
+            await inner()
+
+        async def drives() -> None:
+            await drive(copy_context(), outer())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drives)
+            await wait_all_tasks_blocked()
+            (task,) = nursery.child_tasks
+            names = self.names(task)
+            assert names[0] == "drives"
+            assert names.index("outer") < names.index("inner") < names.index("sleep_forever")
+            nursery.cancel_scope.cancel()
+
+    async def test_a_step_of_a_generator(self) -> None:
+        async def items() -> AsyncIterator[int]:
+            await trio.sleep_forever()
+            yield 1
+
+        async def drives() -> None:
+            generator = items()
+            await drive(copy_context(), generator.__anext__())  # type: ignore[arg-type]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drives)
+            await wait_all_tasks_blocked()
+            (task,) = nursery.child_tasks
+            assert self.names(task).index("items") < self.names(task).index("sleep_forever")
+            nursery.cancel_scope.cancel()
+
+    async def test_what_drives_nothing(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            await wait_all_tasks_blocked()
+            (task,) = nursery.child_tasks
+            assert self.names(task)[0] == "sleep_forever"
+            nursery.cancel_scope.cancel()
+
+    async def test_what_can_not_be_looked_into(self) -> None:
+        class Opaque:
+            def __await__(self) -> Any:
+                return iter(trio.sleep_forever().__await__())
+
+        async def drives() -> None:
+            await drive(copy_context(), Opaque())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drives)
+            await wait_all_tasks_blocked()
+            (task,) = nursery.child_tasks
+            assert "drives" in self.names(task)
+            nursery.cancel_scope.cancel()
 
 
 async def test_closing_it_closes_the_code() -> None:

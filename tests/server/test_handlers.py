@@ -318,7 +318,15 @@ async def test_context_variables_go_into_the_thread(serving: Any) -> None:
 class TestInThread:
     @pytest.mark.parametrize(
         "function",
-        [add_async, count, functools.partial(add_async), Async(), Counting(), run_to_end(add_async), functools.partial(run_to_end(count))],
+        [
+            add_async,
+            count,
+            functools.partial(add_async),
+            Async(),
+            Counting(),
+            run_to_end(add_async),
+            functools.partial(run_to_end(count)),
+        ],
     )
     def test_refuses_async_functions(self, function: Any) -> None:
         with pytest.raises(TypeError, match="for blocking functions"):

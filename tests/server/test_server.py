@@ -137,7 +137,11 @@ class TestListening:
     async def test_several_times(self) -> None:
         async with Server({"add": add}) as server:
             assert server.status is Status.running
-            addresses = [await server.listen("inproc://"), await server.listen("tcp://127.0.0.1:0"), await server.listen(("127.0.0.1", 0))]
+            addresses = [
+                await server.listen("inproc://"),
+                await server.listen("tcp://127.0.0.1:0"),
+                await server.listen(("127.0.0.1", 0)),
+            ]
             assert server.addresses == tuple(addresses)
             assert server.address == addresses[0]
             assert addresses[1] == f"tcp://127.0.0.1:{server.port}"

@@ -100,9 +100,7 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
         return answer
 
 
-def families(
-    pool: ConnectionPool, kwargs: dict[str, Any]
-) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+def families(pool: ConnectionPool, kwargs: dict[str, Any]) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
     """Take ``serializers`` and ``deserializers`` out of a call's keywords; as in Dask, put what the server may use into ``serializers``.
 
     Returns (families for the request, families accepted in the answer); None for the comm's own.

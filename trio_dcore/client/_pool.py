@@ -268,7 +268,9 @@ class ConnectionPool:
                 with trio.move_on_after(_LOG_WAIT_AFTER):
                     await waiter.woken.wait()
                 if not waiter.woken.is_set():
-                    _log.warning("%r has waited %s s for one of the pool's %d comms, %s", op, _LOG_WAIT_AFTER, self.limit, self._held())
+                    _log.warning(
+                        "%r has waited %s s for one of the pool's %d comms, %s", op, _LOG_WAIT_AFTER, self.limit, self._held()
+                    )
                     await waiter.woken.wait()
         except BaseException:
             comm = policy.give_up(waiter)

@@ -67,7 +67,9 @@ class PooledRPC:
 
     def __getattr__(self, op: str) -> RemoteOp:
         if op.startswith("_"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {op!r}; for an op of that name write remote[{op!r}](...)")
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {op!r}; for an op of that name write remote[{op!r}](...)"
+            )
         remote_op = RemoteOp(self._pool, self._address, op)
         # The next look-up finds it without coming here.
         self.__dict__[op] = remote_op

@@ -28,7 +28,7 @@ from ..abc import CommSettings, Peer
 from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
 from ..protocol._envelope import GOODBYE, parse_envelope
-from ..protocol._frames import JOIN_BELOW, FrameParser, join_small, pack_prelude, single_frame
+from ..protocol._frames import HANDSHAKE, JOIN_BELOW, FrameParser, join_small, pack_prelude, single_frame
 from ..protocol._handshake import local_handshake, negotiate
 from ..protocol._limits import KiB
 from ..protocol._messages import Decoder, Encoder
@@ -66,7 +66,7 @@ class FramedComm(BaseComm):
     def __init__(self, pump: Pump, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
         super().__init__(local_address=local_address, peer=peer, settings=settings)
         self._pump = pump
-        self._parser = FrameParser(settings.limits, self._is_trusted)
+        self._parser = FrameParser(settings.limits, self._is_trusted, first=HANDSHAKE)
         # Until the handshake is done: plain data only.
         self._encoder = _HANDSHAKE_ENCODER
         self._encoder_telling: Encoder | None = None

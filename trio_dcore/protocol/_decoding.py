@@ -13,8 +13,8 @@ from typing import Any
 from msgpack import ExtType, unpackb
 
 from ._buffers import nbytes
-from ._compression import Budget
 from ._collisions import FEW, make_dict, make_set
+from ._compression import Budget
 from ._context import Buffer, DecodeContext
 from ._enums import enum_member
 from ._errors import DcoreError, LimitExceeded, RemoteProtocolError, SerializationError, UnsafePayload
@@ -130,7 +130,9 @@ class _Reader:
     def read(self, frame0: Buffer) -> Any:
         ext_hook = self._ext if self._extensions else ExtType
         try:
-            value = unpackb(frame0, raw=False, use_list=False, strict_map_key=False, object_pairs_hook=self._map, ext_hook=ext_hook)
+            value = unpackb(
+                frame0, raw=False, use_list=False, strict_map_key=False, object_pairs_hook=self._map, ext_hook=ext_hook
+            )
         except (DcoreError, MemoryError):
             raise
         except Exception as exc:

@@ -26,7 +26,7 @@ from ._context import Buffer
 from ._errors import LimitExceeded, RemoteProtocolError
 from ._limits import KiB, Limits, MiB
 
-__all__ = ["FrameParser", "allocate", "join_small", "pack_prelude", "single_frame"]
+__all__ = ["HANDSHAKE", "FrameParser", "allocate", "join_small", "looks_like", "pack_prelude", "single_frame"]
 
 _U64 = Struct("<Q")
 _HEAD = Struct("<QQ")
@@ -48,6 +48,13 @@ _HUGE = 4 * MiB
 _FLAGS = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 # Shorter than this, all of a message's buffers are joined and sent at once; a copy is cheaper than a longer iovec.
 JOIN_BELOW = 128 * KiB
+#: Bytes that the first message of a comm may have.  A stock handshake has some 50 and ours 200; one with as many and as long names of
+#: features as may be has 4 KiB.  It is also less than any number that starts like a TLS record, or like three letters.
+HANDSHAKE = 64 * KiB
+
+# The preface of HTTP/2 is the method PRI.
+_HTTP = (b"GET ", b"POST ", b"PUT ", b"HEAD ", b"OPTIONS ", b"DELETE ", b"PATCH ", b"CONNECT ", b"TRACE ", b"PRI ", b"HTTP/")
+_TEXT = frozenset(b"\t\r\n").union(range(32, 127))
 
 
 def allocate(size: int) -> memoryview:
@@ -121,6 +128,22 @@ def join_small(prelude: bytes, frames: Sequence[Buffer]) -> list[Buffer]:
     return joined
 
 
+def looks_like(data: bytes) -> str | None:
+    """What the first bytes of a connection look like, if they aren't ours: "TLS", "HTTP", "SSH" or "text"; None if like nothing known.
+
+    Three bytes are enough for an answer, more make it a better one.
+    """
+    if len(data) < 3:
+        return None
+    if data[0] in (0x15, 0x16) and data[1] == 3 and data[2] <= 4:  # a record: an alert or a handshake, SSL 3 to TLS 1.3
+        return "TLS"
+    if any(data.startswith(word) or word.startswith(data) for word in _HTTP):
+        return "HTTP"
+    if data.startswith(b"SSH-") or data == b"SSH":
+        return "SSH"
+    return "text" if _TEXT.issuperset(data[:64]) else None
+
+
 def _never() -> bool:
     return False
 
@@ -134,9 +157,11 @@ class FrameParser:
     Args:
         limits: what is accepted; ``message``, ``head`` and ``frames`` are used here.
         trusted: asked once, and only if a message is larger than a stranger's may be, whether the ``*_trusted`` limits hold.
+        first: bytes that the first message may have, whatever the limits are; None if it is like any other.  With a number, what can't
+            be a first message is refused as soon as enough of it has come, and the error says what it looks like.
 
     Raises (from :meth:`next_message`):
-        RemoteProtocolError: the numbers contradict each other.
+        RemoteProtocolError: the numbers contradict each other, or no memory can be had for them.
         LimitExceeded: a number is over its limit; nothing was allocated for it.
 
     After either the stream position is lost: close the connection.
@@ -146,6 +171,7 @@ class FrameParser:
         "_buffer",
         "_count",
         "_filled",
+        "_first",
         "_frames",
         "_frames_limit",
         "_gathered",
@@ -165,11 +191,12 @@ class FrameParser:
         "total",
     )
 
-    def __init__(self, limits: Limits | None = None, trusted: Callable[[], bool] = _never) -> None:
+    def __init__(self, limits: Limits | None = None, trusted: Callable[[], bool] = _never, *, first: int | None = None) -> None:
         self._limits = limits = limits if limits is not None else Limits()
         self._trusted = trusted
         self._verdict: bool | None = None
         self._small = 0.0
+        self._first = first  # None again after the first message
         self._adopt(limits.message, limits.head, limits.frames)
         self._buffer = b""  # received, not yet used: from _position on
         self._position = 0
@@ -242,6 +269,8 @@ class FrameParser:
             buffer, position = self._buffer, self._position
             available = len(buffer) - position
             if available < 16:
+                if available and self._first is not None:
+                    self._check_first(0)
                 return None
             if available >= 24:
                 # The message that nearly all are: one frame, wholly here, counted wholly or not at all.
@@ -249,6 +278,9 @@ class FrameParser:
                 end = position + 24 + length
                 if count == 1 and end <= len(buffer) and (outer == length + 16 or outer == 16):
                     if length > self._small:
+                        if self._first is not None:
+                            self._check_first(length + 16)
+                            self._end_first()
                         self._check_message(length + 16)
                         self._check_head(length)
                     if length == 0:
@@ -271,6 +303,8 @@ class FrameParser:
         """Read the prelude, if it is all here, and check every number in it."""
         if self._missing > 0:
             return False
+        if self._first is not None:
+            self._check_first(0)
         outer, count = _HEAD.unpack_from(buffer, position)
         if count == 0:
             raise RemoteProtocolError("a message of zero frames")
@@ -291,6 +325,8 @@ class FrameParser:
             return False
         lengths = Struct(f"<{count}Q").unpack_from(buffer, position + 16)
         total = prelude + sum(lengths)
+        if self._first is not None:
+            self._check_first(total)
         self._check_message(total)
         if lengths[0] == 0:
             raise RemoteProtocolError("frame 0 of a message is empty")
@@ -325,7 +361,10 @@ class FrameParser:
                     continue
                 if length < _GATHER:
                     return None
-                pending = self._pending = allocate(length)
+                try:
+                    pending = self._pending = allocate(length)
+                except (OverflowError, OSError, MemoryError) as exc:  # only without limits, or with too high ones
+                    raise RemoteProtocolError(f"no memory can be had for a frame of {length} bytes: {exc}") from exc
                 self._filled = 0
             if available:
                 take = min(available, length - self._filled)
@@ -343,6 +382,8 @@ class FrameParser:
             self._use(take)
             if self._skip:
                 return None
+        if self._first is not None:
+            self._end_first()
         self._frames = []
         self._count = -1
         self._lengths = ()
@@ -358,6 +399,22 @@ class FrameParser:
             self._position = 0
 
     # -- limits ----------------------------------------------------------------------------------------------------------------
+
+    def _check_first(self, size: int) -> None:
+        """Check what there is of the first message, of which ``size`` bytes are known so far; three bytes may be enough."""
+        start = self._buffer[self._position : self._position + 64]
+        outer = int.from_bytes(start[:8], "little")  # or less than it, if not all of it is here
+        seen = max(size, outer)
+        if self._first is not None and seen > self._first:
+            kind = looks_like(start)
+            what = "the first message" if kind is None else f"what came looks like {kind}; taken for the first message, it"
+            raise RemoteProtocolError(f"{what} tells of {seen} bytes, and a handshake has at most {self._first}")
+        if 8 <= len(start) < 16 and outer < 16:
+            raise RemoteProtocolError(f"the outer length of a message, {outer}, is less than any prelude")
+
+    def _end_first(self) -> None:
+        self._first = None
+        self._adopt(self._message_limit, self._head_limit, self._frames_limit)
 
     def _check_message(self, size: int) -> None:
         if self._message_limit is not None and size > self._message_limit:
@@ -388,3 +445,5 @@ class FrameParser:
         self._frames_limit = frames
         # One comparison on the hot path: below this, neither limit can be hit.
         self._small = min(float("inf") if message is None else message - 16, float("inf") if head is None else head)
+        if self._first is not None:
+            self._small = -1.0  # the first message always goes the longer way

@@ -9,4 +9,14 @@ from ._signals import stop_on_signals
 from ._statistics import ServerStatistics
 from ._status import Status
 
-__all__ = ["BaseServer", "Handler", "Request", "ServerStatistics", "Status", "current_request", "in_thread", "run_to_end", "stop_on_signals"]
+__all__ = [
+    "BaseServer",
+    "Handler",
+    "Request",
+    "ServerStatistics",
+    "Status",
+    "current_request",
+    "in_thread",
+    "run_to_end",
+    "stop_on_signals",
+]

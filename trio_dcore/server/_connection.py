@@ -59,7 +59,20 @@ class Connection:
         request: the one whose handler runs, or None.
     """
 
-    __slots__ = ("_awaited", "_gone", "_last_id", "_watching", "comm", "handshaking", "idle", "on_wait", "request", "scope", "server", "watched")
+    __slots__ = (
+        "_awaited",
+        "_gone",
+        "_last_id",
+        "_watching",
+        "comm",
+        "handshaking",
+        "idle",
+        "on_wait",
+        "request",
+        "scope",
+        "server",
+        "watched",
+    )
 
     def __init__(self, server: BaseServer, comm: BaseComm) -> None:
         self.server = server
@@ -343,9 +356,7 @@ class Connection:
 
     # -- handlers ----------------------------------------------------------------------------------------------------------------
 
-    def _begin(
-        self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request
-    ) -> tuple[Context, Any]:
+    def _begin(self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> tuple[Context, Any]:
         """Call a handler in a context of its own: (the context, what it returned, which may be something to await)."""
         request_variable.set(request)
         context = copy_context()
@@ -369,8 +380,6 @@ class Connection:
             if mismatch is None:
                 raise
             raise mismatch from None
-        except StopIteration as stop:
-            raise _Stopped(stop) from None
 
     async def _call(self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Any:
         """Run a handler and return its result; an async generator is returned, not run."""

@@ -52,7 +52,7 @@ def _steps(
                 result = stop.value
                 break
     if cancelled and whole:
-        yield from checkpoint_if_cancelled()
+        yield from checkpoint_if_cancelled()  # noqa: ASYNC105  # this is how a types.coroutine awaits
     return result
 
 
