@@ -13,7 +13,7 @@ import trio.testing
 from trio_dcore import Comm, Limits, Security, connect
 from trio_dcore.abc import CommSettings, Listener, Transport
 from trio_dcore.comm import _connect, _registry, check_encryption, get_transport
-from trio_dcore.errors import AddressError, ConnectError, LimitExceeded, LocalProtocolError, RemoteProtocolError
+from trio_dcore.errors import AddressError, ConnectError, LocalProtocolError, RemoteProtocolError
 from trio_dcore.protocol import dumps
 from trio_dcore.protocol._frames import single_frame
 from trio_dcore.testing import MemoryStream, memory_stream_pair
@@ -166,7 +166,8 @@ class TestHandshake:
         [
             (single_frame(dumps(5)[0]), RemoteProtocolError, "the handshake failed: "),
             (single_frame(dumps({"compression": None})[0]), RemoteProtocolError, "pickle-protocol"),
-            (b"HTTP/1.1 400 Bad Request\r\n\r\n", LimitExceeded, "the handshake failed: "),
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", RemoteProtocolError, "the handshake failed: what came looks like HTTP"),
+            (b"\x15\x03\x03\x00\x02\x02\x28", RemoteProtocolError, "looks like TLS"),
             (bytes(16), RemoteProtocolError, "zero frames"),
             (b"", OSError, "closed the comm during the handshake"),
             (b"\x11\0\0\0\0", OSError, "in the middle of a message"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.lowlevel import checkpoint_if_cancelled
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from trio.testing import wait_all_tasks_blocked
 
 from trio_dcore import CommClosedError, LocalProtocolError, RemoteProtocolError, SerializationError, to_serialize
@@ -984,7 +984,9 @@ class TestWhileReading:
         with trio.CancelScope() as scope:
 
             async def write() -> None:
+                await wait_all_tasks_blocked()
                 scope.cancel()
+                await cancel_shielded_checkpoint()  # where the read would be cancelled if it could be
 
             await self.run(write, trio.sleep_forever)
             reached = True

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from trio_dcore.protocol import _frames
 from trio_dcore.protocol._errors import LimitExceeded, RemoteProtocolError
-from trio_dcore.protocol._frames import FrameParser, allocate, join_small, pack_prelude, single_frame
+from trio_dcore.protocol._frames import HANDSHAKE, FrameParser, allocate, join_small, looks_like, pack_prelude, single_frame
 from trio_dcore.protocol._limits import GiB, KiB, Limits, MiB
 
 SOBER = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -541,12 +541,123 @@ class TestHostile:
         with pytest.raises(RemoteProtocolError):
             by_feeding(parser, [numbers(5, 1, 4)])
 
-    def test_what_the_system_has_no_memory_for(self) -> None:
-        """Without limits it is the system that refuses; the comm then says why it was closed."""
+    @pytest.mark.parametrize("size", [2**47, 2**62, 2**63, 2**64 - 1])
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_what_the_system_has_no_memory_for(self, size: int, count: int) -> None:
+        """Without limits it is the system that refuses."""
         parser = FrameParser(OFF)
-        parser.feed(numbers(24 + 4, 2, 4, 2**62) + b"head")
-        with pytest.raises(OSError, match="memory"):
+        # What is behind frame 0 needs not be counted.
+        prelude = numbers(24 + 4, 2, 4, size) if count == 2 else numbers(16, 1, size)
+        parser.feed(prelude + b"head")
+        with pytest.raises(RemoteProtocolError, match=f"no memory can be had for a frame of {size} bytes"):
             parser.next_message()
+
+
+STRANGERS = [
+    (b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", "HTTP"),
+    (b"POST /api HTTP/1.1\r\n", "HTTP"),
+    (b"OPTIONS * HTTP/1.1\r\n", "HTTP"),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP"),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n", "HTTP"),
+    (b"GET", "HTTP"),
+    (b"SSH-2.0-OpenSSH_9.6\r\n", "SSH"),
+    (b"SSH", "SSH"),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "TLS"),
+    (b"\x16\x03\x03", "TLS"),
+    (b"\x16\x03\x00\x00\x55\x01\x00\x00", "TLS"),
+    (b"\x15\x03\x03\x00\x02\x02\x28", "TLS"),
+    (b"220 mail.example.org ESMTP\r\n", "text"),
+    (b"hello\n", "text"),
+    (b"GETTING STARTED\r\n", "text"),
+    (b"\xff" * 100, None),
+    (b"caf\xc3\xa9\n", None),
+    (b"\x16\x03", None),
+    (b"GE", None),
+    (b"", None),
+]
+
+
+class TestFirst:
+    """The first message of a comm is a handshake, and what isn't one is refused as soon as that can be seen."""
+
+    def parser(self) -> FrameParser:
+        return FrameParser(Limits(), first=HANDSHAKE)
+
+    @pytest.mark.parametrize(("data", "kind"), STRANGERS)
+    def test_looks_like(self, data: bytes, kind: str | None) -> None:
+        assert looks_like(data) == kind
+
+    @pytest.mark.parametrize(("data", "kind"), [case for case in STRANGERS if len(case[0]) >= 5 or case[1] == "TLS"])
+    def test_strangers(self, data: bytes, kind: str | None) -> None:
+        text = f"what came looks like {kind}" if kind else "the first message tells of"
+        with pytest.raises(RemoteProtocolError, match=f"^{text}.* a handshake has at most 65536$"):
+            self.parser().receive(data)
+        parser = self.parser()
+        parser.feed(data)
+        with pytest.raises(RemoteProtocolError, match=text):
+            parser.next_message()
+
+    def test_three_letters_are_enough(self) -> None:
+        parser = self.parser()
+        assert by_feeding(parser, [b"G", b"E"]) == []
+        with pytest.raises(RemoteProtocolError, match="HTTP"):
+            by_feeding(parser, [b"T"])
+
+    def test_other_messages_wait_for_the_whole_prelude(self) -> None:
+        parser = FrameParser(Limits())
+        assert by_feeding(parser, [b"GET / HTTP/1.1"]) == []
+        parser = self.parser()
+        parser.feed(single_frame(b"hello") + b"GET / HTTP/1.1")
+        assert take_all(parser) == [[b"hello"]]
+
+    def test_no_outer_length_is_below_16(self) -> None:
+        parser = self.parser()
+        assert by_feeding(parser, [bytes(7)]) == []
+        with pytest.raises(RemoteProtocolError, match="the outer length of a message, 0, is less than any prelude"):
+            by_feeding(parser, [b"\0"])
+
+    @pytest.mark.parametrize("counted", [None, 0])
+    @pytest.mark.parametrize("frames", [1, 2])
+    def test_its_size(self, counted: int | None, frames: int) -> None:
+        prelude = 8 + 8 * frames
+        for excess in (0, 1):
+            sizes = [HANDSHAKE - prelude + excess] if frames == 1 else [100, HANDSHAKE - prelude - 100 + excess]
+            data = wire([b"x" * size for size in sizes], counted)
+            for take in (by_feeding, by_receiving):
+                for step in (len(data), 8, 4096):
+                    parser = self.parser()
+                    pieces = [data[start : start + step] for start in range(0, len(data), step)]
+                    if excess:
+                        with pytest.raises(RemoteProtocolError, match=f"tells of {HANDSHAKE + 1} bytes"):
+                            take(parser, pieces)
+                    else:
+                        assert [[len(frame) for frame in found] for found in take(parser, pieces)] == [sizes]
+
+    def test_bytes_behind_its_last_frame_count(self) -> None:
+        with pytest.raises(RemoteProtocolError, match="handshake"):
+            by_feeding(self.parser(), [numbers(HANDSHAKE + 1, 1, 5) + b"hello"])
+
+    @pytest.mark.parametrize("frames", [[b"hello"], [b"hello", b"there"]])
+    def test_the_second_has_the_usual_limits(self, frames: list[bytes]) -> None:
+        large = wire([b"x" * (HANDSHAKE + 1)])
+        for take in (by_feeding, by_receiving):
+            parser = self.parser()
+            assert len(take(parser, [wire(frames), large, single_frame(b"z")])) == 3
+            with pytest.raises(LimitExceeded) as caught:
+                take(parser, [numbers(2**20 + 17, 1, 2**20 + 1)])
+            assert caught.value.limit == "head"
+
+    def test_the_limits_hold_for_it_as_well(self) -> None:
+        with pytest.raises(LimitExceeded) as caught:
+            FrameParser(Limits(head=100), first=HANDSHAKE).receive(single_frame(b"x" * 101))
+        assert caught.value.limit == "head"
+
+    def test_nobody_is_asked_whether_to_trust_for_it(self) -> None:
+        def ask() -> bool:
+            raise AssertionError
+
+        with pytest.raises(RemoteProtocolError, match="HTTP"):
+            FrameParser(Limits(), ask, first=HANDSHAKE).receive(b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n")
 
 
 class TestTrust:

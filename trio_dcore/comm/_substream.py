@@ -350,7 +350,7 @@ async def _while_reading(write: Callable[[], Awaitable[None]], read: Callable[[]
     """
     failure: BaseException | None = None
     writing = trio.CancelScope()
-    reading = trio.CancelScope(shield=True)  # so that an error that follows from the write's cancellation doesn't replace it
+    reading = trio.CancelScope(shield=True)  # what cancels us is for the write alone: one that is done was not cancelled
 
     def note(error: BaseException) -> None:
         nonlocal failure

@@ -114,7 +114,7 @@ def _probe_dict(keys: Sequence[Hashable], what: str) -> None:
         perturb = value
         while found >= 0:
             if hashes[found] == value:
-                left -= _comparison(keys[found]) + _comparison(keys[index])
+                left -= _comparison(keys[found], keys[index])
                 if left < 0:
                     raise _collide(keys, what)
                 if keys[found] == keys[index]:
@@ -168,15 +168,15 @@ def _probe_set(keys: dict[Hashable, None], what: str) -> None:
             raise _collide(keys, what)
 
 
-def _comparison(key: Hashable) -> int:
-    """How many steps comparing a key with one of the same hash is worth.
+def _comparison(one: Hashable, other: Hashable) -> int:
+    """How many steps it is worth to compare two keys of the same hash.
 
     Two frozensets are compared by looking each element of one up in the other, where those in turn may collide; and an integer is
     compared with a Decimal by converting it.  Both take time that grows with the square of their size.
     """
     size = 0
     slow = False
-    todo: list[Any] = [key]
+    todo: list[Any] = [one, other]
     while todo:
         value = todo.pop()
         kind = type(value)
@@ -187,7 +187,7 @@ def _comparison(key: Hashable) -> int:
         elif kind is int and value.bit_length() > 64:
             slow = True
             size += value.bit_length() // 64
-    return size * size // 64 if slow else size // 16
+    return size * size // 256 if slow else size // 32
 
 
 def _collide(keys: Iterable[Hashable], what: str) -> RemoteProtocolError:
