@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ import trio
 
 from tests.reference.kit import Journal, Outcome, Wire, quickest, reference
 from trio_dcore import HandlerCancelled, Server, Status, in_thread, rpc
+from trio_dcore.testing import cancel_sweep
 
 
 class Scoped:
@@ -352,3 +354,105 @@ async def test_b09_a_thread_is_waited_for(wire: Wire) -> None:
             await outcome.ended()
         assert journal.entries == entries
         assert outcome.value == "done"  # nothing has cut it
+
+
+@reference("B02", "m i t u l")
+async def test_b02_cancelled_while_it_drains_already(wire: Wire) -> None:
+    """Outside cancellation counts whenever it comes: drain_on_cancel replaces what is left of a longer grace, even an endless one."""
+    journal = Journal()
+    async with trio.open_nursery() as nursery:
+        server = Server({"work": journal.handler(1000, wire)}, drain_on_cancel=wire.seconds(0.5))
+        with trio.CancelScope() as scope:
+            reasons: list[str] = []
+
+            async def call(address: str) -> None:
+                async with wire.client(address) as remote:
+                    try:
+                        await remote.work()
+                    except HandlerCancelled as error:
+                        reasons.append(error.reason)
+
+            async with server:
+                nursery.start_soon(call, await server.listen(wire.where))
+                await journal.started()
+                server.stop(math.inf)
+                await trio.sleep(wire.seconds(1))
+                scope.cancel()
+                with wire.lasts(0.5):
+                    with trio.CancelScope(shield=True):
+                        await server.finished()
+        assert scope.cancelled_caught
+    assert reasons == ["server cancelled"]
+    assert journal.entries == ["started", "cancelled", "finally"]
+
+
+@reference("B01", "m i t u l")
+async def test_b01_cancelled_in_its_grace(wire: Wire) -> None:
+    """Without drain_on_cancel it means now, also in a long grace, and the caller is told the truth about why."""
+    journal = Journal()
+    reasons: list[str] = []
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope() as scope:
+            async with Server({"work": journal.handler(1000, wire)}) as server:
+
+                async def call(address: str) -> None:
+                    async with wire.client(address) as remote:
+                        try:
+                            await remote.work()
+                        except HandlerCancelled as error:
+                            reasons.append(error.reason)
+
+                nursery.start_soon(call, await server.listen(wire.where))
+                await journal.started()
+                server.stop(wire.seconds(600))
+                with wire.now():
+                    scope.cancel()
+                    with trio.CancelScope(shield=True):
+                        await server.finished()
+        assert scope.cancelled_caught
+    assert reasons == ["server cancelled"]
+    assert journal.entries == ["started", "cancelled", "finally"]
+
+
+@reference("B03", "m i t u l")
+async def test_b03_started_in_a_cancelled_scope(wire: Wire) -> None:
+    """The shield of drain_on_cancel never stands without a deadline, so a server that is cancelled while it starts ends at once."""
+    for _ in range(2):
+        with wire.now(), trio.CancelScope() as scope:
+            scope.cancel()
+            async with Server(drain_on_cancel=wire.seconds(60)) as server:
+                await server.listen(wire.where)
+        assert scope.cancelled_caught
+
+    async def life() -> None:
+        async with Server({"echo": lambda data: data}, drain_on_cancel=wire.seconds(60)) as server:
+            address = await server.listen(wire.where)
+            async with wire.client(address) as remote:
+                assert await remote.echo(data=1) == 1
+
+    assert await cancel_sweep(life) > 3
+
+
+@reference("B02", "m i t u l")
+async def test_b02_a_caller_that_leaves_meanwhile_is_noticed(wire: Wire) -> None:
+    """Rule 6 holds during drain_on_cancel, too: the server ends when the last caller has gone."""
+    journal = Journal()
+    async with trio.open_nursery() as nursery:
+        leave = trio.CancelScope()
+
+        async def call(address: str) -> None:
+            with leave:
+                async with wire.client(address) as remote:
+                    await remote.work()
+
+        with trio.CancelScope() as scope:
+            async with Server({"work": journal.handler(1000, wire)}, drain_on_cancel=wire.seconds(600)) as server:
+                nursery.start_soon(call, await server.listen(wire.where))
+                await journal.started()
+                scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(wire.seconds(1))
+                    leave.cancel()
+                    with wire.now():
+                        await server.finished()
+    assert journal.entries == ["started", "cancelled", "finally"]

@@ -158,13 +158,16 @@ class Connection:
 
     def retire(self) -> None:
         """The server is draining: close if nothing is in flight."""
+        comm = self.comm
         if self.handshaking:
             self.scope.cancel(reason="the server is shutting down")
-        elif self.idle and not self.comm.stale():
+        elif self.idle and not comm.stale():
             self._say_goodbye()
-            self.comm.abort()
+            comm.abort()
         elif self.idle:
             self._hurry()
+        elif self.op == "connection_stream" and self.server.stream_handlers and comm.reading and not comm.stale():
+            comm.abort()  # all that has come is handled, and nobody waits for an answer: the stream ends here
         # Else a request is running, and the connection ends by itself after it.
 
     def _hurry(self) -> None:

@@ -121,7 +121,10 @@ class BaseServer:
         self._accepting_more = False  # listeners, to their nursery
         self._admitting = False  # connections, to theirs
         self._scope = trio.CancelScope()  # round all connections
+        # Round what outlives a cancellation as the connections may; the last of these ends it.
         self._reporting = trio.CancelScope(shield=True)
+        self._watching = trio.CancelScope(shield=True)
+        self._connections_ended = trio.Event()
         self._listeners: list[Listener] = []
         self._addresses: list[str] = []
         self._connections: set[Connection] = set()
@@ -152,7 +155,7 @@ class BaseServer:
             comm: nobody else reads it.
             extra: further keyword arguments for every handler; a key of the message wins over them.
         """
-        await handle_stream(comm, self.stream_handlers, extra)
+        await handle_stream(comm, self.stream_handlers, extra, lambda: self.draining)
 
     # -- what it is --------------------------------------------------------------------------------------------------------------
 
@@ -322,30 +325,35 @@ class BaseServer:
     async def _main(self, task_status: trio.TaskStatus[None]) -> None:
         try:
             async with trio.open_nursery() as guard:
+                await guard.start(self._hold_connections, guard)
+                # No checkpoint from here to the `try`, for it is its `finally` that gives the shield a deadline.
+                self._scope.shield = self.drain_on_cancel > 0
                 if sys.platform == "linux":
                     self._hangups = HangupWatcher()
-                    guard.start_soon(self._hangups.run)
-                await guard.start(self._hold_connections, guard)
+                    guard.start_soon(self._watch_hangups, self._hangups)
                 guard.start_soon(self._report_stragglers)
                 try:
-                    async with trio.open_nursery() as accepting:
-                        self._accepting = accepting
-                        self._accepting_more = True
-                        task_status.started()
-                        try:
-                            await self.shutdown_requested.wait()
-                        finally:
-                            self._accepting_more = False  # also for who calls listen() when we have just been cancelled
-                        accepting.cancel_scope.cancel(reason="the server is shutting down")
+                    try:
+                        async with trio.open_nursery() as accepting:
+                            self._accepting = accepting
+                            self._accepting_more = True
+                            task_status.started()
+                            try:
+                                await self.shutdown_requested.wait()
+                            finally:
+                                self._accepting_more = False  # also for who calls listen() when we have just been cancelled
+                            accepting.cancel_scope.cancel(reason="the server is shutting down")
+                    finally:
+                        self._wind_down()
+                    await self._connections_ended.wait()
                 finally:
-                    self._wind_down()
+                    if not self._connections_ended.is_set():
+                        self._cut_from_outside()
         finally:
             self._finish()
 
     async def _hold_connections(self, guard: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
         """Keep the nursery of all connections open until shutdown has begun and the last of them has ended."""
-        # The shield is there only with drain_on_cancel, and _wind_down gives it its deadline the moment that it matters.
-        self._scope.shield = self.drain_on_cancel > 0
         try:
             with self._scope:
                 async with trio.open_nursery() as self._connection_tasks:
@@ -357,8 +365,15 @@ class BaseServer:
                         self._admitting = False  # also for who is accepted in this very moment, when we have just been cancelled
         finally:
             self._connection_tasks = None
-            self._reporting.cancel(reason="all connections have ended")
+            self._connections_ended.set()
+            for scope in (self._reporting, self._watching):
+                scope.cancel(reason="all connections have ended")
         guard.cancel_scope.cancel(reason="all connections have ended")
+
+    async def _watch_hangups(self, watcher: HangupWatcher) -> None:
+        # Shielded as what it watches for may be: with drain_on_cancel, connections outlive the cancellation of the server.
+        with self._watching:
+            await watcher.run()
 
     async def _report_stragglers(self) -> None:
         """Say every second what still runs although it has been cancelled.  It is waited for, never abandoned."""
@@ -385,15 +400,19 @@ class BaseServer:
     def _wind_down(self) -> None:
         """Close what needs no waiting.  Synchronous, for it also runs when the serving task has been cancelled."""
         if not self.draining:  # cancelled from outside, or a listener failed
-            self._cancelled_from_outside = True
-            self._request_stop(self.drain_on_cancel)
-        elif trio.current_effective_deadline() == -math.inf:
-            self._cancelled_from_outside = True
-            self._shorten(self.drain_on_cancel)
+            self._cut_from_outside()
         while self._listeners:
             self._listeners.pop().close()
         for connection in list(self._connections):
             connection.retire()
+
+    def _cut_from_outside(self) -> None:
+        """The serving task has been cancelled, at whatever point of the server's life; what still runs gets ``drain_on_cancel``."""
+        self._cancelled_from_outside = True
+        if self.draining:
+            self._shorten(self.drain_on_cancel)
+        else:
+            self._request_stop(self.drain_on_cancel)
 
     def _finish(self) -> None:
         if not self.draining:
@@ -458,6 +477,7 @@ class BaseServer:
         if self._life is Life.NEW:
             self._life = self._life.move(Life.CLOSED)
             self.shutdown_requested.set()
+            self._close_outgoing()
             self._finished.set()
         elif self._life is Life.SERVING:
             _log.info("%s stops with a grace of %s s%s", self.name, grace, f": {reason}" if reason else "")
@@ -483,7 +503,9 @@ class BaseServer:
 
     def _cut_reason(self) -> str:
         """Why handlers are being cancelled now: for HandlerCancelled and for the Cancelled itself."""
-        return "server cancelled" if self._cancelled_from_outside or not self.draining else "grace over"
+        # Without a shield the handlers are cancelled in the same instant as the serving task, which may not have noticed yet.
+        early = not self.draining or trio.current_time() < self._deadline
+        return "server cancelled" if self._cancelled_from_outside or early else "grace over"
 
     async def finished(self) -> None:
         """Wait until the server has closed, whoever asked for it."""

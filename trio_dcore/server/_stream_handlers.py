@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
 
 from .._util import leaves
 from ..abc import Comm
+from ..comm import BaseComm
 from ..errors import CommClosedError
 from ._handlers import Handler
 
@@ -21,7 +22,12 @@ _log = logging.getLogger("trio_dcore.server")
 _YIELD_MESSAGES = 16
 
 
-async def handle_stream(comm: Comm, handlers: Mapping[str, Handler], extra: Mapping[str, Any] | None = None) -> None:
+async def handle_stream(
+    comm: Comm,
+    handlers: Mapping[str, Handler],
+    extra: Mapping[str, Any] | None = None,
+    draining: Callable[[], bool] = lambda: False,
+) -> None:
     """Read messages and run the handler that each one's ``op`` names, one after the other, until the stream ends; then close the comm.
 
     A message is a dict or a list of dicts.  ``{"op": "close-stream"}`` ends the stream, the string ``"OK"`` drops the rest of its list, an
@@ -32,12 +38,13 @@ async def handle_stream(comm: Comm, handlers: Mapping[str, Handler], extra: Mapp
         comm: nobody else reads it.
         handlers: op -> callable, plain or async; results are discarded.
         extra: further keyword arguments for every handler; a key of the message wins over them.
+        draining: whether the stream is to end as soon as all that has come is handled.
 
     Cancellation: closes the comm; a message that was being handled is not handled again.
     """
     handled = 0
     try:
-        while True:
+        while not (draining() and isinstance(comm, BaseComm) and not comm.stale()):
             batch = await comm.read()
             if not isinstance(batch, (list, tuple)):
                 batch = (batch,)
