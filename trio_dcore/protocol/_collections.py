@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 
-from ._collisions import make_dict, make_set
+from ._collisions import Keys
 from ._context import Buffer
 from ._errors import RemoteProtocolError, SerializationError, UnsafePayload
 from ._registry import find_for_class
@@ -128,13 +128,14 @@ def sub_headers(header: Header) -> list[Header]:
     return list(headers)
 
 
-def load(header: Header, frames: list[Buffer], element: Callable[[Header, list[Buffer]], Any]) -> Any:
+def load(header: Header, frames: list[Buffer], element: Callable[[Header, list[Buffer]], Any], keys: Keys) -> Any:
     """The collection of a header and its frames, decompressed and joined.
 
     Args:
         header: with ``is-collection``.
         frames: those of all elements.
         element: deserializes one element.
+        keys: those of the message it came in.
     """
     headers = sub_headers(header)
     lengths = header.get("frame-lengths")
@@ -159,7 +160,7 @@ def load(header: Header, frames: list[Buffer], element: Callable[[Header, list[B
         start += length
     try:
         if cls is dict:
-            return make_dict(list(zip([sub_header["key"] for sub_header in headers], values, strict=True)))
-        return make_set(values) if cls is set else cls(values)
+            return keys.make_dict(list(zip([sub_header["key"] for sub_header in headers], values, strict=True)))
+        return keys.make_set(values) if cls is set else cls(values)
     except TypeError as exc:
         raise RemoteProtocolError(f"a {cls.__name__} came that can't be one: {exc}") from exc

@@ -19,24 +19,153 @@ from msgpack import unpackb
 
 from ._errors import RemoteProtocolError
 
-__all__ = ["FEW", "make_dict", "make_frozenset", "make_set", "unpack_plain"]
+__all__ = ["Keys", "unpack_plain"]
 
-#: As many keys are never looked at, whatever they are: 120 comparisons are harmless.
-FEW = 16
-
+# As many keys are not looked at, whatever they are: 120 comparisons are harmless.
+_FEW = 16
 _TEXTS = frozenset({str, bytes})
 _U64 = 2**64 - 1
 _SHIFT = 5  # PERTURB_SHIFT of both kinds of table
 _LINEAR = 9  # LINEAR_PROBES of sets
-_SMALLEST = 64  # slots; the first table on paper that has room for more than FEW
-# Steps beyond the first that a key may take on average.  Random keys take 0.7; the worst regular ones that were found are integers
-# i * 2**48 and floats i / 2**12 with 13, and ("x", i, j, k) with all of i, j, k from -2 to 2 with 2.
-_STEPS = 16
-# And as many more for the whole table, for small ones with much regularity: all 729 tuples of six numbers from -2 to 0 take 19 each.
-_EXTRA_STEPS = 4096
+_SMALLEST = 64  # slots; the first table on paper that has room for more than _FEW
+# Steps beyond the first that each key put into a table may take, on average over a message.  Random keys take 0.7, and so do tuples
+# of names and numbers; integers such as times in nanoseconds take 3.
+_STEPS = 8
+# And as many more for a whole message, for the little that is more regular: floats i / 2**12 and integers i * 2**48 take 13 each, the
+# 2187 tuples of seven numbers from -2 to 0 take 34 each.  On paper they take 30 ms.
+_EXTRA_STEPS = 2**17
 
 
-def unpack_plain(data: Any) -> Any:
+class Keys:
+    """Makes the dicts and sets of one message.
+
+    Attributes:
+        few: as many keys are not looked at.
+    """
+
+    __slots__ = ("_left", "few")
+
+    def __init__(self) -> None:
+        self.few = _FEW
+        self._left = _EXTRA_STEPS
+
+    def expect_slow_ones(self) -> None:
+        """From here on there may be keys of which two take long to compare, as :func:`_weight` says: look at a few as well."""
+        self.few = 1
+
+    def make_dict(self, pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+        """``dict(pairs)``.
+
+        Raises:
+            RemoteProtocolError: the keys were chosen to collide.
+            TypeError: a key can't be hashed.
+        """
+        if len(pairs) > self.few:
+            self._vet([key for key, _ in pairs], "keys of a map")
+        return dict(pairs)
+
+    def make_set(self, elements: Sequence[Any]) -> set[Any]:
+        """``set(elements)``; errors as :meth:`make_dict`."""
+        return set(self._distinct(elements))
+
+    def make_frozenset(self, elements: Sequence[Any]) -> frozenset[Any]:
+        """``frozenset(elements)``; errors as :meth:`make_dict`."""
+        return frozenset(self._distinct(elements))
+
+    def _distinct(self, elements: Sequence[Any]) -> Iterable[Any]:
+        what = "elements of a set"
+        if len(elements) <= self.few or not self._vet(elements, what) or len(elements) <= _FEW:
+            return elements
+        # Sets have tables of their own kind.  Made from a dict, one is made in its final size at once.
+        keys = dict.fromkeys(elements)
+        self._probe_set(keys, what)
+        return keys
+
+    def _vet(self, keys: Sequence[Hashable], what: str) -> bool:
+        """Refuse keys that collide, on the way into a dict; False if they are texts, which never do."""
+        if len(keys) <= _FEW:
+            # A table of a few keys is quick to build, unless comparing two of them takes long.
+            if len(set(map(hash, keys))) < len(keys):
+                self._probe_dict(keys, what)
+        elif _TEXTS.issuperset(map(type, keys)):
+            return False
+        else:
+            self._probe_dict(keys, what)
+        return True
+
+    def _probe_dict(self, keys: Sequence[Hashable], what: str) -> None:
+        """Build a dict on paper, which grows to twice its size when it is two thirds full and one more key comes."""
+        hashes = [value & _U64 for value in map(hash, keys)]
+        size = _SMALLEST
+        table = [-1] * size  # indices of keys
+        order: list[int] = []
+        weights: dict[int, int] = {}
+        left = self._left
+        for index, value in enumerate(hashes):
+            slot = value & (size - 1)
+            found = table[slot]
+            perturb = value
+            while found >= 0:
+                if hashes[found] == value:
+                    for each in (found, index):
+                        if each not in weights:
+                            weights[each] = _weight(keys[each])
+                        left -= weights[each]
+                    if left < 0:
+                        raise _collide(keys, what)
+                    if keys[found] == keys[index]:
+                        break
+                left -= 1
+                perturb >>= _SHIFT
+                slot = (5 * slot + perturb + 1) & (size - 1)
+                found = table[slot]
+            if left < 0:
+                raise _collide(keys, what)
+            if found >= 0:
+                continue  # the same key again
+            order.append(index)
+            left += _STEPS
+            if len(order) <= size * 2 // 3:
+                table[slot] = index
+                continue
+            size *= 2
+            table = [-1] * size
+            for each in order:
+                perturb = hashes[each]
+                slot = perturb & (size - 1)
+                while table[slot] >= 0:
+                    left -= 1
+                    perturb >>= _SHIFT
+                    slot = (5 * slot + perturb + 1) & (size - 1)
+                table[slot] = each
+                left += _STEPS
+                if left < 0:
+                    raise _collide(keys, what)
+        self._left = left
+
+    def _probe_set(self, keys: dict[Hashable, None], what: str) -> None:
+        """Build a set from a dict on paper, as ``set_update_internal`` does: no key twice, and no table before the last one."""
+        size = 8
+        while size <= 2 * len(keys):
+            size *= 2
+        used = bytearray(size)
+        left = self._left
+        for value in map(hash, keys):
+            perturb = value & _U64
+            slot = perturb & (size - 1)
+            # Ten neighbours are tried in a row, unless the table ends before.
+            while (free := used.find(0, slot, slot + _LINEAR + 1 if slot + _LINEAR < size else slot + 1)) < 0:
+                left -= 1
+                perturb >>= _SHIFT
+                slot = (5 * slot + 1 + perturb) & (size - 1)
+            used[free] = 1
+            left += _STEPS
+            if left < 0:
+                raise _collide(keys, what)
+        self._left = left
+
+
+def unpack_plain(data: Any, keys: Keys) -> Any:
     """``msgpack.unpackb`` for data without markers: arrays as tuples, keys of any kind.
 
     Raises:
@@ -49,134 +178,18 @@ def unpack_plain(data: Any) -> Any:
     except ValueError as exc:
         if type(exc) is not ValueError:  # the subclasses tell of other things, a key of another kind has none of its own
             raise
-    return unpackb(data, raw=False, use_list=False, strict_map_key=False, object_pairs_hook=make_dict)
+    return unpackb(data, raw=False, use_list=False, strict_map_key=False, object_pairs_hook=keys.make_dict)
 
 
-def make_dict(pairs: Sequence[tuple[Any, Any]], few: int = FEW) -> dict[Any, Any]:
-    """``dict(pairs)``.
-
-    Args:
-        pairs: keys and values.
-        few: as many keys are not looked at; 1 where there may be some that take long to compare, as :func:`_comparison` says.
-
-    Raises:
-        RemoteProtocolError: the keys were chosen to collide.
-        TypeError: a key can't be hashed.
-    """
-    if len(pairs) > few:
-        _vet([key for key, _ in pairs], "keys of a map")
-    return dict(pairs)
-
-
-def make_set(elements: Sequence[Any], few: int = FEW) -> set[Any]:
-    """``set(elements)``; arguments and errors as :func:`make_dict`."""
-    return set(_distinct(elements, few))
-
-
-def make_frozenset(elements: Sequence[Any], few: int = FEW) -> frozenset[Any]:
-    """``frozenset(elements)``; arguments and errors as :func:`make_dict`."""
-    return frozenset(_distinct(elements, few))
-
-
-def _distinct(elements: Sequence[Any], few: int) -> Iterable[Any]:
-    what = "elements of a set"
-    if len(elements) <= few or not _vet(elements, what) or len(elements) <= FEW:
-        return elements
-    # Sets have tables of their own kind.  Made from a dict, one is made in its final size at once.
-    keys = dict.fromkeys(elements)
-    _probe_set(keys, what)
-    return keys
-
-
-def _vet(keys: Sequence[Hashable], what: str) -> bool:
-    """Refuse keys that collide, on the way into a dict; False if they are texts, which never do."""
-    if len(keys) <= FEW:
-        # Few keys are quick to build a table of, unless comparing two of them takes long.
-        if len(set(map(hash, keys))) < len(keys):
-            _probe_dict(keys, what)
-    elif _TEXTS.issuperset(map(type, keys)):
-        return False
-    else:
-        _probe_dict(keys, what)
-    return True
-
-
-def _probe_dict(keys: Sequence[Hashable], what: str) -> None:
-    """Build a dict on paper, which grows to twice its size when it is two thirds full and one more key comes."""
-    hashes = [value & _U64 for value in map(hash, keys)]
-    size = _SMALLEST
-    table = [-1] * size  # indices of keys
-    order: list[int] = []
-    left = _EXTRA_STEPS
-    for index, value in enumerate(hashes):
-        slot = value & (size - 1)
-        found = table[slot]
-        perturb = value
-        while found >= 0:
-            if hashes[found] == value:
-                left -= _comparison(keys[found], keys[index])
-                if left < 0:
-                    raise _collide(keys, what)
-                if keys[found] == keys[index]:
-                    break
-            left -= 1
-            perturb >>= _SHIFT
-            slot = (5 * slot + perturb + 1) & (size - 1)
-            found = table[slot]
-        if left < 0:
-            raise _collide(keys, what)
-        if found >= 0:
-            continue  # the same key again
-        order.append(index)
-        left += _STEPS
-        if len(order) <= size * 2 // 3:
-            table[slot] = index
-            continue
-        size *= 2
-        table = [-1] * size
-        for each in order:
-            perturb = hashes[each]
-            slot = perturb & (size - 1)
-            while table[slot] >= 0:
-                left -= 1
-                perturb >>= _SHIFT
-                slot = (5 * slot + perturb + 1) & (size - 1)
-            table[slot] = each
-            left += _STEPS
-            if left < 0:
-                raise _collide(keys, what)
-
-
-def _probe_set(keys: dict[Hashable, None], what: str) -> None:
-    """Build a set from a dict on paper, as ``set_update_internal`` does: no key twice, and no table before the last one."""
-    size = 8
-    while size <= 2 * len(keys):
-        size *= 2
-    used = bytearray(size)
-    left = _EXTRA_STEPS
-    for value in map(hash, keys):
-        perturb = value & _U64
-        slot = perturb & (size - 1)
-        # Ten neighbours are tried in a row, unless the table ends before.
-        while (free := used.find(0, slot, slot + _LINEAR + 1 if slot + _LINEAR < size else slot + 1)) < 0:
-            left -= 1
-            perturb >>= _SHIFT
-            slot = (5 * slot + 1 + perturb) & (size - 1)
-        used[free] = 1
-        left += _STEPS
-        if left < 0:
-            raise _collide(keys, what)
-
-
-def _comparison(one: Hashable, other: Hashable) -> int:
-    """How many steps it is worth to compare two keys of the same hash.
+def _weight(key: Hashable) -> int:
+    """How many steps it is worth to compare a key with one of the same hash.
 
     Two frozensets are compared by looking each element of one up in the other, where those in turn may collide; and an integer is
     compared with a Decimal by converting it.  Both take time that grows with the square of their size.
     """
     size = 0
     slow = False
-    todo: list[Any] = [one, other]
+    todo: list[Any] = [key]
     while todo:
         value = todo.pop()
         kind = type(value)
@@ -187,7 +200,7 @@ def _comparison(one: Hashable, other: Hashable) -> int:
         elif kind is int and value.bit_length() > 64:
             slow = True
             size += value.bit_length() // 64
-    return size * size // 256 if slow else size // 32
+    return size * size // 64 if slow else size // 16
 
 
 def _collide(keys: Iterable[Hashable], what: str) -> RemoteProtocolError:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from msgpack import ExtType, unpackb
 
 from ._buffers import nbytes
-from ._collisions import FEW, make_dict, make_set
+from ._collisions import Keys
 from ._compression import Budget
 from ._context import Buffer, DecodeContext
 from ._enums import enum_member
@@ -124,7 +125,7 @@ class _Reader:
     def __init__(self, extensions: bool) -> None:
         self._extensions = extensions
         self._tags = 0
-        self._few = FEW
+        self._keys = Keys()
         self._failure: BaseException | None = None
 
     def read(self, frame0: Buffer) -> Any:
@@ -147,19 +148,18 @@ class _Reader:
         value = decode_ext(code, payload)
         if type(value) is Tag:
             self._tags += 1
-            # Frozensets in frozensets, and very large integers, can take long to compare: even a few of them are looked at.
-            self._few = 1
+            self._keys.expect_slow_ones()
         elif len(payload) > _LARGE:
-            self._few = 1
+            self._keys.expect_slow_ones()
         return value
 
     def _map(self, pairs: list[tuple[Any, Any]]) -> Any:
-        value = make_dict(pairs, self._few)
+        value = self._keys.make_dict(pairs)
         if value.keys().isdisjoint(self.special):
             return value
         if FROZENSET in value or DICT in value:
             self._tags -= 1
-            return untag(value, self._few)
+            return untag(value, self._keys)
         return self._marker(value)
 
     def _marker(self, value: dict[Any, Any]) -> Any:
@@ -193,22 +193,22 @@ class _Resolution(_Reader):
         if ENUM in value:
             return enum_member(value, self._ctx.enum_modules)
         if SET in value:
-            return _set(value, self._few)
+            return _set(value, self._keys)
         return value  # {"__Pickled__": 0} is only a dict, for Dask too
 
     def _serialized(self, index: int) -> Any:
         self._at = SERIALIZED, index
         ctx = self._ctx
-        header, frames = self._parts(index, _HeaderHook(ctx))
+        header, frames = self._parts(index, _HeaderHook(ctx, self._keys))
         if not ctx.deserialize:
             return Serialized(header, frames, trusted=ctx.allow_pickle())
-        return self._guarded(deserialize, header, frames)
+        return self._guarded(partial(deserialize, keys=self._keys), header, frames)
 
     def _pickled(self, index: int) -> Any:
         self._at = PICKLED, index
         if not self._ctx.allow_pickle():
             raise UnsafePayload("a pickle came from a peer that is not trusted; it was not loaded")
-        header, frames = self._parts(index, make_dict)
+        header, frames = self._parts(index, self._keys.make_dict)
         return self._guarded(unpickle_parts, header, frames)
 
     def _guarded(self, load: Callable[..., Any], header: dict[Any, Any], frames: list[Buffer]) -> Any:
@@ -251,13 +251,14 @@ class _Resolution(_Reader):
 class _HeaderHook:
     """What stands for the maps of a ``__Serialized__`` header: enums, sets, inline payloads (wire document, section 5.4)."""
 
-    __slots__ = ("_ctx",)
+    __slots__ = ("_ctx", "_keys")
 
-    def __init__(self, ctx: DecodeContext) -> None:
+    def __init__(self, ctx: DecodeContext, keys: Keys) -> None:
         self._ctx = ctx
+        self._keys = keys
 
     def __call__(self, pairs: list[tuple[Any, Any]]) -> Any:
-        value = make_dict(pairs)
+        value = self._keys.make_dict(pairs)
         if ENUM in value:
             try:
                 return enum_member(value, self._ctx.enum_modules)
@@ -267,7 +268,7 @@ class _HeaderHook:
                     raise
                 return value
         if SET in value:
-            return _set(value, FEW)
+            return _set(value, self._keys)
         if SERIALIZED in value:
             parts = value.get("data")
             if type(parts) is tuple and len(parts) == 2:
@@ -286,11 +287,11 @@ def _index(marker: dict[Any, Any], key: str) -> int:
     return index
 
 
-def _set(marker: dict[Any, Any], few: int) -> set[Any]:
+def _set(marker: dict[Any, Any], keys: Keys) -> set[Any]:
     elements = marker.get("as-list")
     if type(elements) is not tuple:
         raise RemoteProtocolError("a __Set__ marker has no array 'as-list'")
-    return make_set(elements, few)
+    return keys.make_set(elements)
 
 
 def _invalid(what: str, exc: Exception) -> RemoteProtocolError:

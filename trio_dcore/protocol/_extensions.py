@@ -52,7 +52,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgpack import ExtType
 
-from ._collisions import FEW, make_dict, make_frozenset
+from ._collisions import Keys
 from ._errors import RemoteProtocolError
 
 if TYPE_CHECKING:
@@ -247,12 +247,12 @@ def decode_ext(code: int, payload: bytes) -> object:
         raise RemoteProtocolError(f"bad extension value of type {name}: {exc}") from exc
 
 
-def untag(marker: dict[Any, Any], few: int = FEW) -> frozenset[Any] | dict[Any, Any]:
+def untag(marker: dict[Any, Any], keys: Keys | None = None) -> frozenset[Any] | dict[Any, Any]:
     """Return what a map whose key is a :class:`Tag` stands for.
 
     Args:
         marker: the map.
-        few: as for :func:`._collisions.make_dict`.
+        keys: those of the message it came in.
 
     Raises:
         RemoteProtocolError: the map is not one pair of a tag and an array, or its elements were chosen to collide.
@@ -261,11 +261,12 @@ def untag(marker: dict[Any, Any], few: int = FEW) -> frozenset[Any] | dict[Any, 
     ((tag, items), *more) = marker.items()
     if more or type(tag) is not Tag or type(items) is not tuple:
         raise RemoteProtocolError("bad extension value: a frozenset or dict is a map of one pair, its tag and an array")
+    keys = Keys() if keys is None else keys
     if tag is FROZENSET:
-        return make_frozenset(items, few)
+        return keys.make_frozenset(items)
     if len(items) % 2:
         raise RemoteProtocolError("bad extension value of type dict: a key without a value")
-    return make_dict(list(zip(items[::2], items[1::2], strict=True)), few)
+    return keys.make_dict(list(zip(items[::2], items[1::2], strict=True)))
 
 
 def _read_int(payload: bytes) -> int:

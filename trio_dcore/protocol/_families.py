@@ -18,7 +18,7 @@ import msgpack
 
 from . import _collections, _dask_family
 from ._buffers import flat, join, nbytes, shards
-from ._collisions import unpack_plain
+from ._collisions import Keys, unpack_plain
 from ._compression import Budget, compress_payload, decompress
 from ._context import Buffer, DecodeContext, EncodeContext
 from ._errors import DcoreError, LimitExceeded, RemoteProtocolError, SerializationError, UnsafePayload
@@ -230,7 +230,9 @@ def pickled_parts(obj: object, ctx: EncodeContext) -> tuple[Header, list[Buffer]
 # -- receiving -----------------------------------------------------------------------------------------------------------------
 
 
-def deserialize(header: Header, frames: list[Buffer], ctx: DecodeContext, *, budget: Budget | None = None) -> Any:
+def deserialize(
+    header: Header, frames: list[Buffer], ctx: DecodeContext, *, budget: Budget | None = None, keys: Keys | None = None
+) -> Any:
     """The value of a ``__Serialized__`` header and its payload frames, as they were transmitted.
 
     Args:
@@ -238,6 +240,7 @@ def deserialize(header: Header, frames: list[Buffer], ctx: DecodeContext, *, bud
         frames: the payload frames.
         ctx: families accepted, and whether the sender may have pickles loaded.
         budget: what the whole message may still grow to; a new one is made for this payload if it isn't given.
+        keys: those of the whole message; likewise.
 
     Raises:
         RemoteProtocolError: header and frames are not what a peer sends.
@@ -247,7 +250,7 @@ def deserialize(header: Header, frames: list[Buffer], ctx: DecodeContext, *, bud
         TypeError: the family is not in ``ctx.deserializers``, or the sender could not serialize the value and says so.
     """
     try:
-        return _load(header, _plain_frames(_map(header), frames, ctx, budget), ctx)
+        return _load(header, _plain_frames(_map(header), frames, ctx, budget), ctx, Keys() if keys is None else keys)
     except RecursionError as exc:
         raise RemoteProtocolError("the header of a payload is nested too deeply") from exc
 
@@ -309,13 +312,13 @@ def _joined(header: Header, frames: list[Buffer]) -> list[Buffer]:
     return [join(frames[offset : offset + count]) for count, offset in zip(counts, offsets, strict=True)]
 
 
-def _load(header: Header, frames: list[Buffer], ctx: DecodeContext) -> Any:
+def _load(header: Header, frames: list[Buffer], ctx: DecodeContext, keys: Keys) -> Any:
     """The value of logical frames.  (A ``Serialized`` put into a collection keeps its own split lists.)"""
     if "split-num-sub-frames" in header:
         frames = _joined(header, frames)
     # Presence counts, as it does for stock: a header must not be one thing to the check and another to the reader behind us.
     if "is-collection" in header:
-        return _collections.load(header, frames, lambda sub_header, own: _load(sub_header, own, ctx))
+        return _collections.load(header, frames, lambda sub_header, own: _load(sub_header, own, ctx, keys), keys)
     name = header.get("serializer")
     if ctx.deserializers is not None and name not in ctx.deserializers:
         raise TypeError(f"Data serialized with {name!r:.100} but only able to deserialize data with {list(ctx.deserializers)}")
@@ -324,10 +327,14 @@ def _load(header: Header, frames: list[Buffer], ctx: DecodeContext) -> Any:
         raise SerializationError(
             f"a payload of the family {name!r:.100} came, which is not known here; known are {', '.join(_READERS)}"
         )
-    return reader(header, frames, ctx)
+    return reader(header, frames, ctx, keys)
 
 
-def _read_pickle(header: Header, frames: list[Buffer], ctx: DecodeContext) -> Any:
+def _read_dask(header: Header, frames: list[Buffer], ctx: DecodeContext, _keys: Keys) -> Any:
+    return _dask_family.load(header, frames, ctx)
+
+
+def _read_pickle(header: Header, frames: list[Buffer], ctx: DecodeContext, _keys: Keys) -> Any:
     writeable = header.get("writeable")
     if not frames or not isinstance(writeable, (tuple, list)) or len(writeable) != len(frames) - 1:
         raise RemoteProtocolError("the header of a pickle has no proper 'writeable'")
@@ -343,26 +350,26 @@ def _with_writeable(frame: Buffer, writeable: object) -> memoryview:
     return view if writeable else view.toreadonly()
 
 
-def _read_msgpack(header: Header, frames: list[Buffer], ctx: DecodeContext) -> Any:
+def _read_msgpack(header: Header, frames: list[Buffer], ctx: DecodeContext, keys: Keys) -> Any:
     data = b"".join(frames)
     limit = ctx.max_head()
     if limit is not None and len(data) > limit and data[0] not in _TEXTS:
         # As of frame 0: empty containers take up to 78 times the memory of their bytes (security document, section 2).
         raise LimitExceeded.of("head", limit, len(data), "a payload of the msgpack family, in bytes,")
     try:
-        return unpack_plain(data)
+        return unpack_plain(data, keys)
     except RemoteProtocolError:
         raise
     except Exception as exc:
         raise RemoteProtocolError(f"a payload of the msgpack family can't be read: {type(exc).__name__}: {exc}") from exc
 
 
-def _read_error(header: Header, frames: list[Buffer], ctx: DecodeContext) -> Any:
+def _read_error(_header: Header, frames: list[Buffer], _ctx: DecodeContext, _keys: Keys) -> Any:
     raise TypeError("\n".join(bytes(frame).decode("utf-8", errors="replace")[:_STOCK_ERROR_TEXT] for frame in frames))
 
 
-_READERS: dict[str, Callable[[Header, list[Buffer], DecodeContext], Any]] = {
-    "dask": _dask_family.load,
+_READERS: dict[str, Callable[[Header, list[Buffer], DecodeContext, Keys], Any]] = {
+    "dask": _read_dask,
     "pickle": _read_pickle,
     "msgpack": _read_msgpack,
     "error": _read_error,
