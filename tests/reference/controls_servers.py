@@ -233,7 +233,9 @@ def hides_the_shutdown_from_streams(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Request, "shutdown_requested", property(lambda request: trio.Event()))
 
 
-@control("A server serves again after it has closed.", by("k05_a_server_serves_once", "", "closed epoll|Regex pattern did not match"))
+@control(
+    "A server serves again after it has closed.", by("k05_a_server_serves_once", "", "closed epoll|Regex pattern did not match")
+)
 def serves_twice(patch: pytest.MonkeyPatch) -> None:
     @wrap(patch, BaseServer, "_begin")
     def begin(original: Any, server: Any) -> None:
