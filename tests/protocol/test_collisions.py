@@ -147,14 +147,14 @@ class TestAttacks:
             CountedKey.comparisons = 0
             with pytest.raises(RemoteProtocolError, match="hashes collide; they are of type CountedKey"):
                 make(keys)
-            assert 1000 < CountedKey.comparisons < 20_000
+            assert 1000 < CountedKey.comparisons < 60_000
 
     def test_also_behind_many_good_ones(self) -> None:
         keys: list[Any] = [*range(10_000), *(CountedKey() for _ in range(50_000))]
         CountedKey.comparisons = 0
         with pytest.raises(RemoteProtocolError, match="collide"):
             Keys().make_set(keys)
-        assert CountedKey.comparisons < 400_000  # 16 for each good one, and then it ends
+        assert CountedKey.comparisons < 200_000  # what the good ones left over is used up, and then it ends
 
     def test_no_time_is_gained_by_repeating_a_key(self) -> None:
         keys = [key for key in equal_hashes(90) for _ in range(2)] + equal_hashes(90)[-1:] * 10_000

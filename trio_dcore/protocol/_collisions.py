@@ -29,10 +29,11 @@ _SHIFT = 5  # PERTURB_SHIFT of both kinds of table
 _LINEAR = 9  # LINEAR_PROBES of sets
 _SMALLEST = 64  # slots; the first table on paper that has room for more than _FEW
 # Steps beyond the first that each key put into a table may take, on average over a message.  Random keys take 0.7, and so do tuples
-# of names and numbers; integers such as times in nanoseconds take 3.
-_STEPS = 8
-# And as many more for a whole message, for the little that is more regular: floats i / 2**12 and integers i * 2**48 take 13 each, the
-# 2187 tuples of seven numbers from -2 to 0 take 34 each.  On paper they take 30 ms.
+# of names and numbers; times in nanoseconds take 3.  The worst that anybody may have in earnest are 100 000 floats i / 2**20 with 13,
+# 100 000 integers i * 2**24 with 17.
+_STEPS = 20
+# And as many more for a whole message, for the little that is more regular: the 729 tuples of six numbers from -2 to 0 take half of it.
+# On paper they take 20 ms.
 _EXTRA_STEPS = 2**17
 
 
@@ -97,12 +98,13 @@ class Keys:
         """Build a dict on paper, which grows to twice its size when it is two thirds full and one more key comes."""
         hashes = [value & _U64 for value in map(hash, keys)]
         size = _SMALLEST
+        mask = size - 1
         table = [-1] * size  # indices of keys
         order: list[int] = []
         weights: dict[int, int] = {}
         left = self._left
         for index, value in enumerate(hashes):
-            slot = value & (size - 1)
+            slot = value & mask
             found = table[slot]
             perturb = value
             while found >= 0:
@@ -117,7 +119,7 @@ class Keys:
                         break
                 left -= 1
                 perturb >>= _SHIFT
-                slot = (5 * slot + perturb + 1) & (size - 1)
+                slot = (5 * slot + perturb + 1) & mask
                 found = table[slot]
             if left < 0:
                 raise _collide(keys, what)
@@ -129,14 +131,15 @@ class Keys:
                 table[slot] = index
                 continue
             size *= 2
+            mask = size - 1
             table = [-1] * size
             for each in order:
                 perturb = hashes[each]
-                slot = perturb & (size - 1)
+                slot = perturb & mask
                 while table[slot] >= 0:
                     left -= 1
                     perturb >>= _SHIFT
-                    slot = (5 * slot + perturb + 1) & (size - 1)
+                    slot = (5 * slot + perturb + 1) & mask
                 table[slot] = each
                 left += _STEPS
                 if left < 0:
@@ -148,16 +151,17 @@ class Keys:
         size = 8
         while size <= 2 * len(keys):
             size *= 2
+        mask = size - 1
         used = bytearray(size)
         left = self._left
         for value in map(hash, keys):
             perturb = value & _U64
-            slot = perturb & (size - 1)
+            slot = perturb & mask
             # Ten neighbours are tried in a row, unless the table ends before.
             while (free := used.find(0, slot, slot + _LINEAR + 1 if slot + _LINEAR < size else slot + 1)) < 0:
                 left -= 1
                 perturb >>= _SHIFT
-                slot = (5 * slot + 1 + perturb) & (size - 1)
+                slot = (5 * slot + 1 + perturb) & mask
             used[free] = 1
             left += _STEPS
             if left < 0:
@@ -182,7 +186,7 @@ def unpack_plain(data: Any, keys: Keys) -> Any:
 
 
 def _weight(key: Hashable) -> int:
-    """How many steps it is worth to compare a key with one of the same hash.
+    """How many steps it is worth to compare a key with one of the same hash: half of it, the other key is the other half.
 
     Two frozensets are compared by looking each element of one up in the other, where those in turn may collide; and an integer is
     compared with a Decimal by converting it.  Both take time that grows with the square of their size.
@@ -200,7 +204,7 @@ def _weight(key: Hashable) -> int:
         elif kind is int and value.bit_length() > 64:
             slow = True
             size += value.bit_length() // 64
-    return size * size // 64 if slow else size // 16
+    return 2 + (size * size // 64 if slow else size // 16)
 
 
 def _collide(keys: Iterable[Hashable], what: str) -> RemoteProtocolError:
