@@ -85,7 +85,8 @@ def test_values_as_json(value: Any, shown: str) -> None:
 
 
 def test_numpy_values() -> None:
-    np = pytest.importorskip("numpy")
+    import numpy as np
+
     assert to_json([np.int64(3), np.float32(0.5), np.float64(1.5), np.bool_(True)]) == "[3, 0.5, 1.5, true]"
     assert to_json(np.float64("nan")) == '{"$float": "nan"}'
     assert to_json(np.array([1, 2])) == '{"$repr": "array([1, 2])"}'

@@ -68,7 +68,8 @@ class TestMessages:
             assert found is message
 
     async def test_a_payload(self, pair: Any) -> None:
-        numpy = pytest.importorskip("numpy")
+        import numpy
+
         array = numpy.arange(1000)
         await pair.client.write({"a": to_serialize(array), "b": ToPickle({"x"})})
         found = await pair.server.read()
@@ -1228,7 +1229,8 @@ async def _read_without_waiting(comm: Any) -> None:
 class TestMemory:
     async def test_large_payloads_are_not_copied(self, new_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """64 MiB there and back: nothing but one buffer a message at the receiver."""
-        numpy = pytest.importorskip("numpy")
+        import numpy
+
         allocated: list[int] = []
         allocate = frames_module.allocate
         monkeypatch.setattr(frames_module, "allocate", lambda size: (allocated.append(size), allocate(size))[1])
