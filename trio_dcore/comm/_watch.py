@@ -24,7 +24,7 @@ class EndWatch:
     """Watches one comm until it is stopped.
 
     Args:
-        comm: nobody reads it when the watch starts.
+        comm: while somebody else reads it, the watch waits for that reader, who resumes it when done.
         nursery: the watching tasks live here.
         on_end: called, once, when the peer has ended or broken the stream; not when the comm is closed here.
     """
@@ -36,8 +36,9 @@ class EndWatch:
         self._scope = trio.CancelScope()
         self._paused = trio.Event()
         self._paused.set()
-        self._wanted = False  # somebody else reads the comm, or is about to
-        self.resume()
+        self._wanted = comm.reading  # somebody else reads the comm, or is about to
+        if not self._wanted:
+            self.resume()
 
     @property
     def reading(self) -> bool:
