@@ -10,6 +10,7 @@ import trio
 from trio_dcore import Limits, RPCClosed, Security, Server, UnsafePayload, current_request
 from trio_dcore.client import ConnectionPool
 from trio_dcore.server import BaseServer
+from trio_dcore.testing import no_leaks
 
 
 def add(x: int, y: int = 1) -> int:
@@ -80,3 +81,14 @@ async def test_its_trust_is_that_of_its_calls(serving: Any) -> None:
     ):
         with pytest.raises(UnsafePayload):
             await server.rpc(target.address).give()
+
+
+async def test_the_pool_of_a_server_that_never_served() -> None:
+    """Stopping it closes the pool, which had no server's end to close it."""
+    async with no_leaks(), Server({"add": lambda x, y: x + y}) as server:
+        address = await server.listen("tcp://127.0.0.1:0")
+        other = Server()
+        assert await other.rpc(address).add(x=1, y=2) == 3
+        await other.aclose()
+        with pytest.raises(RPCClosed):
+            await other.rpc(address).add(x=1, y=2)

@@ -144,3 +144,20 @@ async def test_extra_arguments_yield_to_the_message_s_own() -> None:
 async def test_there_is_no_such_op_without_stream_handlers() -> None:
     assert "connection_stream" not in Server().handlers
     assert "connection_stream" in Server(stream_handlers={"x": print}).handlers
+
+
+@pytest.mark.parametrize("where", ["memory://", "inproc://"])
+async def test_an_idle_stream_does_not_hold_up_a_shutdown(where: str, autojump_clock: trio.testing.MockClock) -> None:
+    """All that has come is handled and nobody waits for an answer: the stream ends when the server begins to stop."""
+    noted = Noted()
+    with memory_network():
+        async with Server(stream_handlers=noted.handlers) as server:
+            async with await connect(await server.listen(where)) as comm:
+                await comm.write({"op": "connection_stream", "reply": False})
+                await comm.write([{"op": "note", "x": 1}])
+                await trio.testing.wait_all_tasks_blocked()
+                start = trio.current_time()
+                server.stop(600)
+                await server.finished()
+                assert trio.current_time() == start
+    assert noted.found == [{"x": 1}]
