@@ -11,14 +11,13 @@ TypeError.
 
 from __future__ import annotations
 
-import itertools
-import os
 from typing import Protocol
 
 import trio
 
 from ..errors import AddressError
 from ._hosts import get_ip, get_local_ip_towards, interface_ip, numeric_host
+from ._inproc import new_location
 from ._registry import find_transport, registered_schemes
 
 __all__ = [
@@ -45,8 +44,6 @@ DEFAULT_SCHEME = "tcp"
 # The project's own schemes are read also where their transport isn't there; others by what their transport says.
 _HOST_PORT_SCHEMES = frozenset({"tcp", "tls"})
 _SCHEMES = ("tcp", "tls", "unix", "inproc")
-
-_inproc_numbers = itertools.count(1)
 
 
 class _HasRequireEncryption(Protocol):
@@ -230,7 +227,7 @@ async def get_local_address_for(address: str) -> str:
 
 def new_inproc_address() -> str:
     """Return an ``inproc://`` address that this process has not used yet, in Dask's form ``inproc://ip/pid/number``."""
-    return f"inproc://{get_ip()}/{os.getpid()}/{next(_inproc_numbers)}"
+    return f"inproc://{new_location(get_ip())}"
 
 
 def coerce_to_address(address: str | tuple[str, int | str] | list[str | int]) -> str:

@@ -28,7 +28,7 @@ from ..protocol._markers import at, find_path
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
 from ._base import BaseComm, Unsent
 
-__all__ = ["InprocComm", "InprocTransport"]
+__all__ = ["InprocComm", "InprocTransport", "new_location"]
 
 # Messages that may be on their way in one direction; a further write waits.
 _CAPACITY = 16
@@ -54,8 +54,9 @@ def _registry() -> dict[str, InprocListener]:
         return fresh
 
 
-def _new_location() -> str:
-    return f"127.0.0.1/{os.getpid()}/{next(_numbers)}"
+def new_location(host: str = "127.0.0.1") -> str:
+    """A location that this process has not used yet, in Dask's form ``ip/pid/number``.  Not a checkpoint."""
+    return f"{host}/{os.getpid()}/{next(_numbers)}"
 
 
 def _same_process() -> tuple[bool, str]:
@@ -392,7 +393,7 @@ class InprocListener(Listener):
     def connect(self, settings: CommSettings) -> InprocComm:
         if len(self._waiting) >= _BACKLOG:
             raise ConnectionRefusedError(f"{self.listen_address} has {_BACKLOG} connections that it didn't accept")
-        client_address = f"inproc://{_new_location()}"
+        client_address = f"inproc://{new_location()}"
         client = InprocComm(client_address, self.listen_address, settings)
         server = InprocComm(self.listen_address, client_address, self._settings)
         client._other, server._other = server, client
@@ -425,7 +426,7 @@ class InprocTransport(Transport):
 
     async def listen(self, location: str, settings: CommSettings) -> list[Listener]:
         await trio.lowlevel.checkpoint()
-        location = location or _new_location()
+        location = location or new_location()
         registry = _registry()
         if location in registry:
             raise AddressError(f"inproc://{location} is taken in this trio run")
