@@ -107,6 +107,22 @@ _WATCHED = Group(
 )
 
 
+_UNIX = Group(
+    "unix",
+    _rows(
+        "small_call",
+        {
+            "tcp, rpc": ("ours", _RPC),
+            "unix, rpc": ("ours_unix", _RPC),
+            "tcp, comm": ("ours", _COMM),
+            "unix, comm": ("ours_unix", _COMM),
+        },
+        count=1500,
+    ),
+    same_cpu=True,
+)
+
+
 def _in_flight(width: int) -> Case:
     group = Group(
         f"{width} in flight",
@@ -202,6 +218,16 @@ CASES: tuple[Case, ...] = (
         Group("connecting", _rows("connecting", _PLAIN, count=150)),
         {"p50": "µs"},
         (Target("p50", "ours", "stock", at_most=0.6),),
+    ),
+    Case(
+        "T11",
+        "sequential small call, unix against tcp",
+        _UNIX,
+        {"p50": "µs"},
+        (
+            Target("p50", "unix, rpc", "tcp, rpc", at_most=0.8),
+            Target("p50", "unix, comm", "tcp, comm", at_most=0.8),
+        ),
     ),
     Case(
         "T12",

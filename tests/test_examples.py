@@ -28,6 +28,7 @@ CLIENTS = {
 PROGRAMS = {
     "stateful_server": ["watched: None", "watched: blue", "got: red", "KeyError: taste"],
     "numpy_echo": ["[[0.0, 10.0, 20.0], [30.0, 40.0, 50.0]] float32", "3000000 bytes, equal: True"],
+    "batched": ["not sent: value", "fewer lists than messages: True", "10000 measurements, mean 2499.75"],
     "embedding": ["plausible: True", "server: closed"],
 }
 

@@ -15,6 +15,7 @@ HEAVY = {
     "asyncio",
     "cloudpickle",
     "cramjam",
+    "cryptography",
     "dask",
     "distributed",
     "lz4",

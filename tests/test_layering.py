@@ -55,6 +55,7 @@ SOCKETS_ONLY_IN = {"comm", "base", "edges"}
 LAZY_THIRD_PARTY = {
     "cloudpickle",
     "cramjam",
+    "cryptography",
     "distributed",
     "dask",
     "lz4",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .client import ConnectionPool as ConnectionPool
     from .client import rpc as rpc
     from .client import send_recv as send_recv
+    from .comm import BatchedSend as BatchedSend
     from .comm import address_from_user_args as address_from_user_args
     from .comm import coerce_to_address as coerce_to_address
     from .comm import connect as connect
@@ -75,6 +76,7 @@ _WHERE = {
     ".abc": ("Comm",),
     ".client": ("ConnectionPool", "rpc", "send_recv"),
     ".comm": (
+        "BatchedSend",
         "address_from_user_args",
         "coerce_to_address",
         "connect",

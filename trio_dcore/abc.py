@@ -141,6 +141,7 @@ class Comm(trio.abc.Channel[Any]):
             SerializationError: the value can't be sent; nothing was written and the comm is usable.
             UnsafePayload: it needs a pickle and the peer isn't trusted; nothing was written and the comm is usable.
             CommClosedError: the comm is closed, by either side, or broke.
+            LimitExceeded: in a handler: the client has taken nothing for ``Limits.stream_stall``; the comm was closed.
         """
 
     @abstractmethod

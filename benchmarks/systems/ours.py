@@ -72,7 +72,14 @@ class _CommLink:
 
 
 class OurSystem:
-    """trio_dcore."""
+    """trio_dcore.
+
+    Args:
+        where: what the server listens on.
+    """
+
+    def __init__(self, where: str = "tcp://127.0.0.1:0") -> None:
+        self._where = where
 
     def run(self, afn: AsyncFn, *args: Any) -> Any:
         return trio.run(afn, *args)
@@ -84,7 +91,7 @@ class OurSystem:
 
     async def serve(self, announce: Callable[[str], None]) -> None:
         async with Server(_HANDLERS, limits=Limits(connections=None)) as server:
-            announce(await server.listen("tcp://127.0.0.1:0"))
+            announce(await server.listen(self._where))
             await server.finished()
 
     async def open(self, address: str, how: str, op: str) -> _RpcLink | _CommLink:

@@ -17,12 +17,13 @@ import pytest
 import trio
 import trio.testing
 
+from tests.reference.identities import ours
 from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.comm import BaseComm, FramedComm, StreamPump, get_transport, parse_address
 from trio_dcore.testing import memory_stream_pair
 
 PATIENCE = 30.0
-KINDS = ["stream", "memory", "tcp", "inproc"]
+KINDS = ["stream", "memory", "tcp", "tls", "inproc"]
 
 
 def _inventory() -> Counter[str]:
@@ -112,7 +113,7 @@ async def shake_hands(*comms: BaseComm) -> None:
 
 @asynccontextmanager
 async def make_pair(kind: str, *, trusted: bool = True, capacity: int = 64 * 1024, **settings: Any) -> AsyncIterator[Pair]:
-    """A pair of one kind: "stream" (any trio stream), "memory" (one that can also send without waiting), "tcp" or "inproc"."""
+    """A pair of one kind: "stream" (any trio stream), "memory" (one that can also send without waiting), "tcp", "tls" or "inproc"."""
     streams = None
     client: BaseComm
     server: BaseComm
@@ -120,7 +121,9 @@ async def make_pair(kind: str, *, trusted: bool = True, capacity: int = 64 * 102
         streams = trio.testing.memory_stream_pair() if kind == "stream" else memory_stream_pair(capacity)
         client, server = (stream_comm(stream, trusted=trusted, **settings) for stream in streams)
     else:
-        address = {"tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0", "inproc": "inproc://"}[kind]
+        if kind == "tls" and "security" not in settings:
+            settings["security"] = ours().security()
+        address = {"tcp": "tcp://127.0.0.1:0", "tcp6": "tcp://[::1]:0", "tls": "tls://127.0.0.1:0", "inproc": "inproc://"}[kind]
         client, server = await connected(address, CommSettings(**settings), CommSettings(**settings))
     try:
         await shake_hands(client, server)

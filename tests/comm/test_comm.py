@@ -111,10 +111,10 @@ class TestMessages:
                 nursery.start_soon(talk, pair.server)
 
     async def test_who_is_who(self, pair: Any) -> None:
-        kind = {"stream": "memory", "memory": "memory", "tcp": "loopback", "inproc": "inproc"}[pair.kind]
+        kind = {"stream": "memory", "memory": "memory", "tcp": "loopback", "tls": "tls", "inproc": "inproc"}[pair.kind]
         assert (pair.client.peer.kind, pair.server.peer.kind) == (kind, kind)
         assert pair.client.peer_address == pair.client.peer.address
-        if pair.kind in ("tcp", "inproc"):
+        if pair.kind in ("tcp", "tls", "inproc"):
             assert pair.client.peer_address == pair.server.local_address
             assert pair.server.peer_address == pair.client.local_address
         assert pair.client.peer_address in repr(pair.client)
@@ -203,7 +203,7 @@ class TestClosing:
 
     @pytest.mark.parametrize("how", ["abort", "aclose"])
     @pytest.mark.parametrize("operation", ["write", "send"])
-    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls", "inproc"])
     async def test_while_another_task_writes(self, new_pair: Any, kind: str, how: str, operation: str) -> None:
         expected = CommClosedError if operation == "write" else trio.ClosedResourceError
         async with new_pair(kind, limits=Limits(linger=0.05)) as pair:
@@ -224,7 +224,7 @@ class TestClosing:
                     else:
                         await pair.client.aclose()
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
     async def test_what_is_being_written_gets_out_if_the_peer_reads(self, new_pair: Any, kind: str) -> None:
         """Closing lingers: the message under way, and those behind it, are read by a peer that reads."""
         async with new_pair(kind, limits=Limits(linger=PATIENCE)) as pair, trio.open_nursery() as nursery:
@@ -397,7 +397,7 @@ class TestWhoMayDoWhat:
 
 
 class TestBackPressure:
-    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls", "inproc"])
     async def test_a_peer_that_reads_nothing_blocks_the_writer(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair:
             written = 0
@@ -411,7 +411,7 @@ class TestBackPressure:
                 assert written == 16
                 assert not pair.client.closed()
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls", "inproc"])
     async def test_nothing_is_lost_when_it_reads_again(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair, trio.open_nursery() as nursery:
 
@@ -469,7 +469,7 @@ class TestCancellation:
         with pytest.raises(CommClosedError, match="interrupted in the middle of a message"):
             await framed.client.receive()
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
     async def test_a_write_inside_a_message_closes(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair:
             late: list[BaseException] = []
@@ -495,7 +495,7 @@ class TestCancellation:
                 await pair.server.receive()
             assert pair.server.closed()
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
     async def test_a_write_that_waits_for_its_turn_may_be_cancelled(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair, trio.open_nursery() as outer:
             await until_blocked(lambda: pair.client.write(("first", MUCH)), outer)
@@ -523,7 +523,7 @@ class TestCancellation:
             await pair.client.write("next")
             assert await pair.server.read() == "next"
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
     @pytest.mark.parametrize("size", [100, 50_000, 200_000])
     async def test_a_write_that_returned_was_sent_whole(self, new_pair: Any, kind: str, size: int) -> None:
         """And one that did not was not, or the comm is closed; whenever the cancellation comes."""
@@ -577,7 +577,7 @@ async def turns_of(work: Callable[[], Any]) -> int:
 class TestFairness:
     """The architecture document, section 3.2: every 16 messages or 64 KiB."""
 
-    @pytest.mark.parametrize("kind", ["tcp", "inproc", "memory"])
+    @pytest.mark.parametrize("kind", ["tcp", "tls", "inproc", "memory"])
     async def test_reading_what_is_there(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair:
             count = 160 if pair.framed else 16
@@ -593,7 +593,7 @@ class TestFairness:
             turns = await turns_of(work)
             assert count // 16 <= turns <= count // 16 + 2
 
-    @pytest.mark.parametrize("kind", ["tcp", "memory"])
+    @pytest.mark.parametrize("kind", ["tcp", "tls", "memory"])
     async def test_writing_what_is_taken(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair:
 
@@ -695,7 +695,7 @@ class TestEncoding:
             framed.server.resolve(frames, deserializers=("msgpack",))
         assert framed.server.resolve(frames) == (frozenset({1}),)
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
     async def test_payloads_may_stay_as_they_are(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind, deserialize=False) as pair:
             await pair.client.write({"x": to_serialize(b"data"), "y": ToPickle(5)})
@@ -841,7 +841,7 @@ class TestHandshake:
 
 
 class TestNowaitAndSoon:
-    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls", "inproc"])
     async def test_now(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair:
             assert pair.client.write_nowait("now")
@@ -859,7 +859,7 @@ class TestNowaitAndSoon:
             with trio.fail_after(PATIENCE):
                 assert await pair.server.read() == "soon"
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
     async def test_behind_the_message_that_is_being_written(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair, trio.open_nursery() as nursery:
             await until_blocked(lambda: pair.client.write(("first", MUCH)), nursery)
@@ -874,7 +874,7 @@ class TestNowaitAndSoon:
                 assert await pair.server.read() == "and this"
                 assert (await pair.server.read())[0] == "queued"
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls"])
     async def test_when_nobody_writes_any_more(self, new_pair: Any, kind: str) -> None:
         """The buffers are full of whole messages: what is owed gets out when the peer reads, and nobody else has to help."""
         async with new_pair(kind) as pair:
@@ -1006,7 +1006,7 @@ class TestStale:
     async def test_an_idle_comm_is_fit_for_use(self, pair: Any) -> None:
         assert not pair.client.stale()
 
-    @pytest.mark.parametrize("kind", ["tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["tcp", "tls", "inproc"])
     async def test_one_with_something_to_read_is_not(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair:
             await pair.server.write("unasked")
@@ -1015,7 +1015,7 @@ class TestStale:
             await pair.client.read()
             assert not pair.client.stale()
 
-    @pytest.mark.parametrize("kind", ["tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["tcp", "tls", "inproc"])
     async def test_one_that_has_ended_is_not(self, new_pair: Any, kind: str) -> None:
         async with new_pair(kind) as pair:
             pair.server.abort()
@@ -1046,7 +1046,7 @@ class TestStale:
 class TestGoodbye:
     """What a server that shuts down said last, on a comm that is of no further use."""
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls", "inproc"])
     @pytest.mark.parametrize("before", [0, 3])
     async def test_it_is_found_behind_what_nobody_read(self, new_pair: Any, kind: str, before: int) -> None:
         async with new_pair(kind) as pair:
@@ -1057,7 +1057,7 @@ class TestGoodbye:
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert pair.client.take_goodbye(5)
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls", "inproc"])
     async def test_one_that_names_the_request(self, new_pair: Any, kind: str) -> None:
         """It was taken up: whether it took effect is unknown."""
         async with new_pair(kind) as pair:
@@ -1065,7 +1065,7 @@ class TestGoodbye:
             await trio.testing.wait_all_tasks_blocked(0.01)
             assert not pair.client.take_goodbye(5)
 
-    @pytest.mark.parametrize("kind", ["memory", "tcp", "inproc", "stream"])
+    @pytest.mark.parametrize("kind", ["memory", "tcp", "tls", "inproc", "stream"])
     @pytest.mark.parametrize("message", [None, (), (GOODBYE,), "text", {"op": "x"}, (GOODBYE, "x", None), ([1], [2], 3)])
     async def test_what_is_none(self, new_pair: Any, kind: str, message: Any) -> None:
         async with new_pair(kind) as pair:

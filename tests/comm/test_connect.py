@@ -206,7 +206,7 @@ class TestErrors:
         assert len(scripted.begun) == 3
 
     @pytest.mark.parametrize(
-        "address", ["", ":8786", "tcp://:8786", "127.0.0.1", "tcp://::1:5", "nowhere://x", "tls://127.0.0.1:1"]
+        "address", ["", ":8786", "tcp://:8786", "127.0.0.1", "tcp://::1:5", "nowhere://x", "ws://127.0.0.1:1"]
     )
     async def test_what_is_no_address(self, address: str) -> None:
         with pytest.raises(AddressError):

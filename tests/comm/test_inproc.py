@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import threading
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
 
+import msgpack
 import pytest
 import trio
 import trio.testing
@@ -555,3 +557,15 @@ class TestPayloadsOfRequests:
                 assert request == before
                 assert request["x"] is value
             await comm.aclose()
+
+    async def test_keys_that_collide_are_counted_over_the_whole_message(self) -> None:
+        """As over bytes: each payload alone could be read, and together they take too long."""
+        keys = {key: None for key in itertools.product((-1, -2), repeat=7)}
+        payload = Serialized({"serializer": "msgpack", "num-sub-frames": 1}, [msgpack.packb(keys)])
+        handlers = {"count": lambda x: len(x)}
+        async with Server(handlers) as server, rpc(await server.listen("inproc://")) as remote:
+            assert await remote.count(x=[payload]) == 1
+            copies = [Serialized(payload.header, payload.frames) for _ in range(8)]
+            with pytest.raises(RemoteError, match="chosen so that their hashes collide"):
+                await remote.count(x=copies)
+            assert await remote.count(x=[payload, None]) == 2

@@ -11,7 +11,15 @@ import trio
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from trio.testing import wait_all_tasks_blocked
 
-from trio_dcore import CommClosedError, LocalProtocolError, RemoteProtocolError, SerializationError, to_serialize
+from trio_dcore import (
+    CommClosedError,
+    LimitExceeded,
+    Limits,
+    LocalProtocolError,
+    RemoteProtocolError,
+    SerializationError,
+    to_serialize,
+)
 from trio_dcore.abc import CommSettings
 from trio_dcore.comm import Substream, SubstreamComm, get_transport, parse_address
 from trio_dcore.comm._substream import _while_reading
@@ -992,3 +1000,134 @@ class TestWhileReading:
             reached = True
         assert reached
         assert not scope.cancelled_caught
+
+
+class TestStalls:
+    """``Limits.stream_stall``: to the instant, in both directions of a stream."""
+
+    @asynccontextmanager
+    async def pair(self, where: str, seconds: float | None = 20.0) -> AsyncIterator[tuple[Any, Any]]:
+        # No timeout round it: the clock is a virtual one.
+        settings = CommSettings(limits=Limits(stream_stall=seconds, write_stall=3))
+        scheme, location = parse_address(where)
+        transport = get_transport(scheme)
+        with ExitStack() as stack:
+            stack.enter_context(memory_network(capacity=2000))
+            (listener,) = await transport.listen(location, settings)
+            stack.callback(listener.close)
+            ours: Any = await transport.connect(parse_address(listener.contact_address)[1], settings)
+            stack.callback(ours.abort)
+            theirs: Any = await listener.accept()
+            stack.callback(theirs.abort)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ours.handshake)
+                nursery.start_soon(theirs.handshake)
+            yield ours, theirs
+
+    @pytest.mark.parametrize("where", ["memory://", "inproc://"])
+    async def test_no_credit(self, where: str, autojump_clock: Any) -> None:
+        async with self.pair(where) as (ours, _theirs):
+            stream = substream(ours, credit=Credit(2, 2**20))
+            for n in range(2):
+                await stream.send(n)
+            start = trio.current_time()
+            with pytest.raises(LimitExceeded) as caught:
+                await stream.send(2)
+            assert trio.current_time() == start + 20
+            assert (caught.value.limit, caught.value.value) == ("stream_stall", 20)
+            assert ours.fault == str(caught.value)
+            assert ours.closed()
+            with pytest.raises(CommClosedError):
+                await SubstreamComm(stream, ours).write(3)
+
+    async def test_credit_is_progress_and_nothing_else_is(self, autojump_clock: Any, nursery: trio.Nursery) -> None:
+        async with self.pair("memory://") as (ours, theirs):
+            stream = substream(ours, credit=Credit(1, 2**20))
+
+            async def peer() -> None:
+                for _ in range(5):
+                    await trio.sleep(15)
+                    await theirs.write((WINDOW, 5, (0, 100)))
+                while True:
+                    await trio.sleep(6)
+                    await theirs.write((ITEM, 5, "not what we wait for"))
+
+            nursery.start_soon(peer)
+            await stream.send(0)
+            start = trio.current_time()
+            with pytest.raises(LimitExceeded, match=r"Limits\(stream_stall=...\)"):
+                await stream.send(1)
+            assert trio.current_time() == start + 5 * 15 + 20
+
+    async def test_credit_in_time(self, autojump_clock: Any, nursery: trio.Nursery) -> None:
+        async with self.pair("memory://") as (ours, theirs):
+            stream = substream(ours, credit=Credit(1, 2**20))
+
+            async def peer() -> None:
+                while True:
+                    await trio.sleep(19)
+                    await theirs.write((WINDOW, 5, (1, 100)))
+
+            nursery.start_soon(peer)
+            start = trio.current_time()
+            for n in range(6):
+                await stream.send(n)
+            assert trio.current_time() == start + 5 * 19
+
+    @pytest.mark.parametrize("first", ["receive", "send"])
+    async def test_a_receiver_is_told(self, first: str, autojump_clock: Any, nursery: trio.Nursery) -> None:
+        """It waits for items while another task waits for credit: who reads for both is the one or the other."""
+        async with self.pair("memory://") as (ours, _theirs):
+            stream = substream(ours, credit=Credit(1, 2**20))
+            await stream.send(0)
+            told: list[BaseException] = []
+
+            async def receive() -> None:
+                try:
+                    await stream.receive()
+                except CommClosedError as error:
+                    told.append(error)
+
+            async def send() -> None:
+                try:
+                    await stream.send(1)
+                except LimitExceeded as error:
+                    told.append(error)
+
+            for task in (receive, send) if first == "receive" else (send, receive):
+                nursery.start_soon(task)
+                await wait_all_tasks_blocked()
+            await trio.sleep(20)
+            await wait_all_tasks_blocked()
+            assert {type(error) for error in told} == {LimitExceeded, CommClosedError}
+            assert all("Limits(stream_stall=...)" in str(error) for error in told)
+
+    async def test_an_item_that_is_not_taken(self, autojump_clock: Any) -> None:
+        async with self.pair("memory://") as (ours, _theirs):
+            stream = substream(ours)
+            start = trio.current_time()
+            with pytest.raises(LimitExceeded, match=r"Limits\(stream_stall=...\)"):
+                await stream.send(b"x" * 10_000)
+            assert trio.current_time() == start + 20
+
+    @pytest.mark.parametrize(("half_close", "limit", "seconds"), [(True, "write_stall", 3), (False, "stream_stall", 20)])
+    async def test_the_end(self, half_close: bool, limit: str, seconds: float, autojump_clock: Any) -> None:
+        """A server's is its final word, as a reply is; a client's belongs to its items."""
+        async with self.pair("memory://") as (ours, _theirs):
+            stream = substream(ours, half_close=half_close)
+            while ours._pump.try_send(bytes(100)):
+                pass
+            start = trio.current_time()
+            with pytest.raises(LimitExceeded) as caught:
+                await stream.send_end()
+            assert (caught.value.limit, trio.current_time()) == (limit, start + seconds)
+
+    async def test_by_default_a_slow_consumer_is_no_fault(self, autojump_clock: Any) -> None:
+        async with self.pair("memory://", None) as (ours, _theirs):
+            for item in ("x", b"x" * 10_000):
+                stream = substream(ours, credit=Credit(1, 2**20))
+                with trio.move_on_after(100_000) as scope:
+                    for _ in range(2):
+                        await stream.send(item)
+                assert scope.cancelled_caught
+            assert not ours.fault

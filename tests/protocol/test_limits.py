@@ -102,7 +102,8 @@ class TestValues:
 
     @pytest.mark.parametrize("name", COUNTED)
     def test_sizes_and_counts_are_whole(self, name: str) -> None:
-        value = getattr(Limits(**{name: 1e6}), name)
+        stranger = {name.removesuffix("_trusted"): 1} if name.endswith("_trusted") else {}
+        value = getattr(Limits(**{name: 1e6}, **stranger), name)
         assert (value, type(value)) == (1_000_000, int)
         for wrong in (0.5, 10.5):
             with pytest.raises(ValueError, match=rf"^Limits\({name}=.*: must be a whole number, or None"):
@@ -119,6 +120,36 @@ class TestValues:
         assert Limits(handshake_timeout=math.inf).handshake_timeout == math.inf
         with pytest.raises(ValueError, match="can't be turned off"):
             Limits(linger=math.inf)
+
+
+class TestTwins:
+    """What a stranger may do, a trusted peer may do as well."""
+
+    @pytest.mark.parametrize("name", ["message", "head", "frames"])
+    @pytest.mark.parametrize("value", [2**40, None])
+    def test_raising_one_raises_the_other(self, name: str, value: int | None) -> None:
+        limits = Limits(**{name: value})  # type: ignore[arg-type]
+        assert getattr(limits, name) == getattr(limits, f"{name}_trusted") == value
+
+    @pytest.mark.parametrize("name", ["message", "head", "frames"])
+    def test_lowering_one_leaves_the_other(self, name: str) -> None:
+        assert getattr(Limits(**{name: 10}), f"{name}_trusted") == getattr(Limits(), f"{name}_trusted")
+
+    @pytest.mark.parametrize("name", ["message", "head", "frames"])
+    @pytest.mark.parametrize(("value", "trusted"), [(200, 100), (None, 100)])
+    def test_a_twin_that_was_given_is_not_changed(self, name: str, value: int | None, trusted: int) -> None:
+        with pytest.raises(ValueError, match=rf"^Limits\({name}={value}, {name}_trusted={trusted}\): a trusted peer can't be"):
+            Limits(**{name: value, f"{name}_trusted": trusted})  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("name", ["message", "head", "frames"])
+    def test_any_other_pair_is_as_given(self, name: str) -> None:
+        for value, trusted in ((100, 100), (100, 200), (100, None), (None, None)):
+            limits = Limits(**{name: value, f"{name}_trusted": trusted})  # type: ignore[arg-type]
+            assert (getattr(limits, name), getattr(limits, f"{name}_trusted")) == (value, trusted)
+
+    def test_a_twin_alone_below_the_field(self) -> None:
+        with pytest.raises(ValueError, match=r"^Limits\(message=67108864, message_trusted=1000\)"):
+            Limits(message_trusted=1000)
 
 
 def test_limits_are_values() -> None:

@@ -472,6 +472,49 @@ class TestReadingDtypes:
         with pytest.raises(Unreadable, match=reason):
             read_dtype(pickle.dumps(value))
 
+    @pytest.mark.parametrize(
+        ("dtype", "text", "changes"),
+        [
+            ("i8", None, {7: 1}),  # objects: an array of them over received bytes would be one of pointers
+            ("V8", None, {7: 2}),
+            ([("a", "i8")], None, {7: 4}),
+            ([("a", "i8")], None, {7: -1}),
+            ([("a", "i8")], None, {6: 0}),
+            ([("a", "i8")], None, {6: 3}),
+            ([("a", "i8")], None, {6: 2**40}),
+            ([("a", "i8")], None, {6: None}),
+            ([("a", "i8")], None, {5: -1}),
+            ([("a", "i8")], "i8", {}),  # an i8 of another size, with fields behind its end
+            ([("a", "i8")], "V4", {}),
+            ([("a", "i8")], None, {4: {"a": (np.dtype("i8"), 0), "b": (np.dtype("i8"), 2**40)}}),
+            ([("a", "i8")], None, {4: None}),
+            ([(("t", "a"), "i8")], None, {4: {"a": (np.dtype("i8"), 0, "t"), "t": (np.dtype("i8"), 2**40, "t")}}),
+            ([(("t", "a"), "i8")], None, {4: {"a": (np.dtype("i8"), 0, "t")}}),
+            ("i8", None, {4: {"a": (np.dtype("i8"), 2**40)}}),
+            ("V8", None, {5: -1}),
+            ("S8", None, {5: -1}),
+            (("i8", (2,)), None, {5: -1}),
+            (("i8", (2,)), "i8", {}),
+            (("i8", (2,)), None, {3: ("a",), 4: {"a": (np.dtype("i8"), 2**40)}}),
+        ],
+        ids=repr,
+    )
+    def test_refuses_what_numpy_would_take_for_another(self, dtype: Any, text: str | None, changes: dict[int, Any]) -> None:
+        """What is read is passed on as it came; a peer that unpickles it gets all that the reader here doesn't use."""
+        function, arguments, state = np.dtype(dtype).__reduce__()
+
+        def written(text: str, state: tuple[Any, ...]) -> bytes:
+            class Written:
+                def __reduce__(self) -> Any:
+                    return function, (text, *arguments[1:]), state
+
+            return pickle.dumps(Written())
+
+        read_dtype(written(arguments[0], state))
+        lie = written(text or arguments[0], tuple(changes.get(index, part) for index, part in enumerate(state)))
+        with pytest.raises(Unreadable):
+            read_dtype(lie)
+
     @pytest.mark.parametrize("data", [None, 5, "i4", pickle.dumps(np.dtype("i4"), 2), b"", bytes(70_000)])
     def test_refuses_what_is_no_such_pickle(self, data: object) -> None:
         with pytest.raises(Unreadable):

@@ -1,8 +1,8 @@
 """Negative controls: servers and clients that are broken, each in one way, so that the reference tests must fail.
 
-The controls themselves are in controls_servers.py and controls_clients.py.  Each replaces functions of the library for as long as a
-``MonkeyPatch`` lasts, and names the reference tests that must notice, with what their failure says: a test that fails for another
-reason does not count.
+The controls themselves are in controls_servers.py, controls_clients.py and controls_limits.py.  Each replaces functions of the library
+for as long as a ``MonkeyPatch`` lasts, and names the reference tests that must notice, with what their failure says: a test that fails
+for another reason does not count.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ MODULES = {
     "b": "test_b_cancelled",
     "c": "test_c_handler_errors",
     "d": "test_d_calls_and_pool",
+    "f": "test_f_handshake",
+    "g": "test_g_bad_input",
+    "h": "test_h_resources",
     "j": "test_j_deadlines",
     "k": "test_k_signals_and_runs",
+    "m": "test_m_elsewhere",
     "n": "test_n_sweeps",
 }
 

@@ -1,35 +1,47 @@
 """How the reference tests of shutdown behaviour are run.
 
-``@reference("A02", "m i t")`` runs one body over each transport: ``m`` (memory://) and ``i`` (inproc://) in virtual time, where
-instants are exact, ``t`` (tcp://) on the real clock with times scaled down and asserted with slack.  Every run is inside
-``no_leaks()`` and must be quiet: nothing above INFO is logged.
+``@reference("A02", "m i t u l")`` runs one body over each transport: ``m`` (memory://) and ``i`` (inproc://) in virtual time, where
+instants are exact; ``t`` (tcp://), ``u`` (unix://) and ``l`` (tls://) on the real clock with times scaled down and asserted with
+slack.  Every run is inside ``no_leaks()`` and must be quiet: nothing above INFO is logged.
+
+Whatever a body makes, server, client, pool or bare comm, it makes through its :class:`Wire`, which knows what the transport needs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import itertools
 import logging
 import math
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Any, Literal, Self, TypeVar
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import trio
 import trio.testing
 
-from trio_dcore import Server, current_request, rpc
+from tests.reference.identities import ours
+from tests.reference.relay import Relay
+from trio_dcore import Comm, ConnectionPool, Security, Server, connect, current_request, rpc
 from trio_dcore.abc import CommSettings
-from trio_dcore.comm import get_transport, parse_address, parse_host_port
+from trio_dcore.comm import get_transport, parse_address, parse_host_port, unparse_host_port
 from trio_dcore.testing import ManualPeer, MemoryNetwork, memory_network, no_leaks
 
 #: Rows of the table by id -> {transport: [test ids]}; filled as test modules are imported.
 COVERED: dict[str, dict[str, list[str]]] = {}
 
+#: The same rows -> {name of a test: the test}, of those that :func:`reference` made.
+TESTS: dict[str, dict[str, Callable[..., None]]] = {}
+
 NAMES = {"m": "memory", "i": "inproc", "t": "tcp", "u": "unix", "l": "tls"}
 #: The transports that exist; the others join their rows when they do.
-EXISTING = "mit"
+EXISTING = "mitul"
 # A scaled second on a real clock, and how much later than exact something may be there.
 SCALE = 0.1
 SLACK = 3.0
@@ -43,9 +55,11 @@ class Wire:
     """One transport: where to listen, how long a second is, and how exact instants are.
 
     Attributes:
-        transport: its letter.
+        transport: its letter; "6" is ``t`` over IPv6, for M01.
         virtual: whether time is virtual, and so exact.
         network: the memory network of ``m``.
+        folder: where the sockets of ``u`` are.
+        security: with which servers and clients are made; None for the default.
         log: what has been logged, if the test was told.
         sleep: how a handler waits,
         cancelled: what it meets when it is cancelled, and
@@ -56,14 +70,33 @@ class Wire:
     cancelled: type[BaseException] = trio.Cancelled
 
     def __init__(
-        self, transport: str, network: MemoryNetwork | None, *, real: bool = False, log: pytest.LogCaptureFixture | None = None
+        self,
+        transport: str,
+        network: MemoryNetwork | None,
+        *,
+        real: bool = False,
+        log: pytest.LogCaptureFixture | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.transport = transport
         self.network = network
         self.virtual = transport in "mi" and not real
         self.log = log
         self.began = math.inf  # when a journal's handler last did
-        self.where = {"m": "memory://", "i": "inproc://", "t": "tcp://127.0.0.1:0"}[transport]
+        self.folder = folder
+        self._paths = itertools.count(1)
+        # What every server and client is made with unless it says otherwise.
+        self.security = self.secured() if transport == "l" else None
+
+    @property
+    def where(self) -> str:
+        """A new address to listen on."""
+        if self.transport == "u":
+            assert self.folder is not None
+            return f"unix://{self.folder}/{next(self._paths)}"
+        return {"m": "memory://", "i": "inproc://", "t": "tcp://127.0.0.1:0", "l": "tls://127.0.0.1:0", "6": "tcp://[::1]:0"}[
+            self.transport
+        ]
 
     def seconds(self, nominal: float) -> float:
         """What ``nominal`` seconds of the table last here."""
@@ -99,10 +132,16 @@ class Wire:
         """The block takes no time: exact in virtual time, PROMPT on a real clock."""
         return self.lasts(0)
 
+    # -- what is ours ------------------------------------------------------------------------------------------------------------
+
+    def make_server(self, handlers: dict[str, Any] | None = None, **options: Any) -> Server:
+        """A server that has not begun."""
+        return Server(handlers, **{"security": self.security, **options})
+
     @asynccontextmanager
     async def server(self, handlers: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[tuple[Server, str]]:
         """A running server and its address."""
-        async with Server(handlers, **options) as server:
+        async with self.make_server(handlers, **options) as server:
             yield server, await server.listen(self.where)
 
     @asynccontextmanager
@@ -110,7 +149,7 @@ class Wire:
         self, handlers: dict[str, Any] | None = None, **options: Any
     ) -> AsyncIterator[tuple[Server, str, trio.Event]]:
         """A server under ``serve()``, its address, and an event that says that ``serve()`` has returned; the block stops it."""
-        server = Server(handlers, **options)
+        server = self.make_server(handlers, **options)
         returned = trio.Event()
 
         async def serve(task_status: trio.TaskStatus[tuple[str, ...]]) -> None:
@@ -122,7 +161,40 @@ class Wire:
             yield server, address, returned
 
     def client(self, address: str, **options: Any) -> rpc:
-        return rpc(address, **options)
+        """Calls to one address."""
+        return rpc(address, **{"security": self.security, **options})
+
+    def pool(self, limit: int = 512, **options: Any) -> ConnectionPool:
+        """A pool of connections."""
+        return ConnectionPool(limit, **{"security": self.security, **options})
+
+    async def connect(self, address: str, **options: Any) -> Comm:
+        """A comm of its own."""
+        return await connect(address, **{"security": self.security, **options})
+
+    @asynccontextmanager
+    async def calling(self, address: str, journal: Journal, op: str = "work") -> AsyncIterator[Outcome]:
+        """A call whose handler, of that journal, has begun; it must have ended when the block is left."""
+        outcome = Outcome()
+        async with self.client(address) as remote, trio.open_nursery() as nursery:
+            nursery.start_soon(outcome.of, remote[op])
+            await journal.started()
+            yield outcome
+            await outcome.ended()
+
+    def secured(self, **options: Any) -> Security:
+        """A Security with these options, and what the transport needs."""
+        return ours().security(**options) if self.transport == "l" else Security(**options)
+
+    def distrustful(self) -> Security:
+        """What a server or client is made with that takes those at the other end for strangers."""
+        # Over unix nobody is a stranger but other users; memory is told by @reference(trusted=False).
+        options: dict[str, Any] = {"l": {"trusted_subjects": ("somebody.invalid",)}, "u": {"pickle": "never"}}
+        return self.secured(**options.get(self.transport, {"trust_loopback": False}))
+
+    def settings(self) -> CommSettings:
+        """For what is done with a transport itself."""
+        return CommSettings.of(self.security, None, True, None, None)
 
     async def comm_of(self, remote: rpc, server: Server) -> str:
         """Make a call, see that nothing is left over from those before, and say which comm it used: no two share a name."""
@@ -141,8 +213,8 @@ class Wire:
         """Whether nobody listens on the address."""
         scheme, location = parse_address(address)
         try:
-            comm = await get_transport(scheme).connect(location, CommSettings.of(None, None, True, None, None))
-        except ConnectionRefusedError:
+            comm = await get_transport(scheme).connect(location, self.settings())
+        except (ConnectionRefusedError, FileNotFoundError):
             return True
         comm.abort()
         return False
@@ -152,98 +224,85 @@ class Wire:
         assert self.log is not None
         return [record for record in self.log.records if is_loud(record)]
 
+    # -- what is done by hand ----------------------------------------------------------------------------------------------------
+
     @asynccontextmanager
     async def silent(self) -> AsyncIterator[str]:
         """Address of a listener that accepts nothing: who connects waits for a handshake (but over inproc, which has none)."""
         scheme, location = parse_address(self.where)
-        (listener,) = await get_transport(scheme).listen(location, CommSettings.of(None, None, True, None, None))
+        (listener,) = await get_transport(scheme).listen(location, self.settings())
         async with listener:
             yield listener.contact_address
+
+    async def listen_bytes(self) -> tuple[trio.abc.Listener[Any], str]:
+        """A listener for bare streams, and the address that clients connect to (not over inproc, which has no bytes)."""
+        if self.network is not None:
+            streams = await self.network.listen_streams()
+            return streams, streams.address
+        where = self.where
+        scheme, location = parse_address(where)
+        if scheme == "unix":
+            sock = trio.socket.socket(trio.socket.AF_UNIX)
+            await sock.bind(location)
+            sock.listen()
+            return _UnixListener(sock, location), where
+        (listener,) = await trio.open_tcp_listeners(0, host=parse_host_port(location)[0])
+        host, port = listener.socket.getsockname()[:2]
+        return listener, f"{scheme}://{unparse_host_port(host, port)}"
+
+    async def connect_bytes(self, address: str) -> trio.abc.Stream:
+        """A bare stream to an address, without TLS (not over inproc)."""
+        return (await ManualPeer.connect(address, self.network)).stream
+
+    async def manual(self, address: str, **options: Any) -> ManualPeer:
+        """A client that speaks by hand, over TLS where that is the transport (not over inproc)."""
+        context = ours().context("client") if self.transport == "l" else None
+        return await ManualPeer.connect(address, self.network, **{"ssl_context": context, **options})
+
+    @staticmethod
+    async def secure(peer: ManualPeer) -> None:
+        """Shake hands as TLS does, where that is the transport, and no further."""
+        if isinstance(peer.stream, trio.SSLStream):
+            await peer.stream.do_handshake()
+
+    def accepted(self, stream: trio.abc.Stream) -> ManualPeer:
+        """A server that speaks by hand, on a stream that a listener for bare ones has accepted."""
+        if self.transport == "l":
+            stream = trio.SSLStream(stream, ours().context("server"), server_side=True, https_compatible=True)
+        return ManualPeer(stream)
+
+    @asynccontextmanager
+    async def scripted(self, script: Callable[[ManualPeer], Awaitable[object]]) -> AsyncIterator[str]:
+        """The address of something that listens, and says what a script tells it to, to each who connects."""
+
+        async def serve(stream: trio.abc.Stream) -> None:
+            async with self.accepted(stream) as peer:
+                await script(peer)
+
+        listener, address = await self.listen_bytes()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, serve, [listener])
+            yield address
+            nursery.cancel_scope.cancel()
 
     def relay(self, address: str) -> Relay:
         """Something in between that can stop passing bytes on: ``async with wire.relay(address) as relay`` (not over inproc)."""
         return Relay(self, address)
 
-    async def manual(self, address: str) -> ManualPeer:
-        """A peer that speaks by hand (not over inproc, which has no bytes)."""
-        return await ManualPeer.connect(address, self.network)
 
+class _UnixListener(trio.abc.Listener[trio.SocketStream]):
+    """Removes its path, which must be left behind by nobody."""
 
-class Relay:
-    """Passes on bytes between clients, who connect to :attr:`address`, and a server, until it is told not to.
+    def __init__(self, sock: trio.socket.SocketType, path: str) -> None:
+        self._listener = trio.SocketListener(sock)
+        self._path = Path(path)
 
-    Attributes:
-        address: where clients are to connect to.
-        passed: bytes that went from clients to the server, and from the server to clients, for each connection made.
-        limits: how many bytes each further connection passes in these two directions; beyond that it takes none.
-        wrap: applied to its two ends of each further connection, with what sends through it: "client" or "server".
-    """
+    async def accept(self) -> trio.SocketStream:
+        return await self._listener.accept()
 
-    def __init__(self, wire: Wire, target: str) -> None:
-        self._wire = wire
-        self._target = target
-        self._stalled = False
-        self._managers = AsyncExitStack()
-        self.passed: list[list[int]] = []
-        self.limits = (math.inf, math.inf)
-        self.wrap: Callable[[trio.abc.Stream, Literal["client", "server"]], trio.abc.Stream] = lambda stream, _: stream
-        self.address = ""
-
-    def stall(self) -> None:
-        """From now on pass nothing on: no byte, no end, no reset."""
-        self._stalled = True
-
-    async def __aenter__(self) -> Self:
-        if self._wire.network is not None:
-            streams = await self._wire.network.listen_streams()
-            listener: trio.abc.Listener[Any] = streams
-            self.address = streams.address
-        else:
-            (sockets,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            listener = sockets
-            self.address = f"tcp://127.0.0.1:{sockets.socket.getsockname()[1]}"
-        nursery = await self._managers.enter_async_context(trio.open_nursery())
-        await nursery.start(trio.serve_listeners, self._connected, [listener])
-        self._nursery = nursery
-        return self
-
-    async def __aexit__(self, *error: Any) -> None:
-        self._nursery.cancel_scope.cancel()
-        await self._managers.__aexit__(*error)
-
-    async def _connected(self, client: trio.abc.Stream) -> None:
-        if self._wire.network is not None:
-            server: trio.abc.Stream = await self._wire.network.connect_stream(self._target)
-        else:
-            host, port = parse_host_port(parse_address(self._target)[1])
-            server = await trio.open_tcp_stream(host, port)
-        counts = [0, 0]
-        self.passed.append(counts)
-        there, back = self.limits
-        # What the client sends goes out at the server's end.
-        server, client = self.wrap(server, "client"), self.wrap(client, "server")
-        async with client, server, trio.open_nursery() as nursery:
-            nursery.start_soon(self._pass_on, client, server, counts, 0, there, nursery)
-            nursery.start_soon(self._pass_on, server, client, counts, 1, back, nursery)
-
-    async def _pass_on(
-        self, source: trio.abc.Stream, sink: trio.abc.Stream, counts: list[int], way: int, limit: float, nursery: trio.Nursery
-    ) -> None:
-        while True:
-            left = limit - counts[way]
-            if self._stalled or left <= 0:
-                await trio.sleep_forever()
-            try:
-                data = await source.receive_some(int(min(left, 64 * 1024)))
-                if self._stalled:
-                    await trio.sleep_forever()
-                await sink.send_all(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                data = b""
-            counts[way] += len(data)
-            if not data:
-                nursery.cancel_scope.cancel()  # an end in one direction is the end of both
-                return
+    async def aclose(self) -> None:
+        self._path.unlink(missing_ok=True)
+        await self._listener.aclose()
 
 
 Body = Callable[[Wire], Awaitable[None]]
@@ -251,7 +310,7 @@ _Test = TypeVar("_Test", bound=Callable[..., object])
 
 
 def reference(
-    row: str, over: str, *, existing: str = EXISTING, real: bool = False, quiet: bool = True
+    row: str, over: str, *, existing: str = EXISTING, real: bool = False, quiet: bool = True, trusted: bool = True
 ) -> Callable[[Body], Callable[..., None]]:
     """Make a test of a row of the table, over those of its transports that exist.
 
@@ -261,6 +320,7 @@ def reference(
         existing: the ones that exist now.
         real: on the real clock over every transport, where the table says R and threads or processes are in it.
         quiet: nothing above INFO may be logged (property P12); False where the row is about something that is worth a warning.
+        trusted: False makes peers over memory strangers; for the others see :meth:`Wire.distrustful`.
     """
     transports = [letter for letter in over.split() if letter in existing]
 
@@ -269,7 +329,7 @@ def reference(
         @functools.wraps(body)
         def test(transport: str, caplog: pytest.LogCaptureFixture) -> None:
             caplog.set_level(logging.DEBUG)
-            run(body, transport, caplog, real=real)
+            run(body, transport, caplog, real=real, trusted=trusted)
             if quiet:
                 loud = "\n".join(f"{each.levelname} {each.name}: {each.getMessage()}" for each in caplog.records if is_loud(each))
                 assert not loud, f"an orderly run is quiet (if this isn't one: reference(..., quiet=False)):\n{loud}"
@@ -277,8 +337,10 @@ def reference(
         # functools.wraps shows pytest the body's signature otherwise.
         del test.__wrapped__
         test.body = body  # type: ignore[attr-defined]  # for test_stock_fails.py
+        test.transports = transports  # type: ignore[attr-defined]  # for test_m_elsewhere.py
         for letter in transports:
             COVERED.setdefault(row, {}).setdefault(letter, []).append(f"{body.__module__}.{body.__qualname__}")
+        TESTS.setdefault(row, {})[body.__qualname__] = test
         return test
 
     return decorate
@@ -300,6 +362,12 @@ def is_loud(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO and record.name.startswith(("trio", "asyncio"))
 
 
+async def until(condition: Callable[[], object], *, every: float = 0.001) -> None:
+    """Wait for something that nobody tells of."""
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(every)
+
+
 async def quickest(operation: Callable[[], Awaitable[float]], bound: float) -> float:
     """The least number of seconds that an operation says it took in up to TRIES runs; ends with the first below the bound."""
     best = math.inf
@@ -310,22 +378,34 @@ async def quickest(operation: Callable[[], Awaitable[float]], bound: float) -> f
     return best
 
 
-def run(body: Body, transport: str, log: pytest.LogCaptureFixture | None = None, *, real: bool = False) -> None:
+def run(
+    body: Body, transport: str, log: pytest.LogCaptureFixture | None = None, *, real: bool = False, trusted: bool = True
+) -> None:
     """Run one body over one transport."""
 
     async def main() -> None:
-        if transport == "m":
-            with memory_network() as network:
-                async with no_leaks():  # inside, since connections of the network can leak, too
-                    await body(Wire(transport, network, real=real, log=log))
-        else:
-            async with no_leaks():
-                await body(Wire(transport, None, real=real, log=log))
+        with contextlib.ExitStack() as stack:
+            network = stack.enter_context(memory_network(trusted)) if transport == "m" else None
+            folder = stack.enter_context(short_folder()) if transport == "u" else None
+            async with no_leaks():  # inside, since connections of the network can leak, too
+                await body(Wire(transport, network, real=real, log=log, folder=folder))
 
     _freeze()
     clock = trio.testing.MockClock(autojump_threshold=0) if transport in "mi" and not real else None
     with no_leaks(), _patience(transport):
         trio.run(main, clock=clock)
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """For sockets, with a short name; none of them, and no lock of theirs, may be left."""
+    folder = Path(tempfile.mkdtemp(prefix="dcore"))
+    try:
+        yield folder
+        left = sorted(each.name for each in folder.iterdir())
+        assert not left, f"left behind: the files {left}"
+    finally:
+        shutil.rmtree(folder)
 
 
 @functools.cache

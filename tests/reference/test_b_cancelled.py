@@ -63,7 +63,7 @@ WAYS: list[Callable[[Scoped, Wire, Any], Any]] = [Scoped.serve, Scoped.block]
 async def scoped(
     way: Callable[[Scoped, Wire, Any], Any], wire: Wire, handlers: dict[str, Any], **options: Any
 ) -> AsyncIterator[Scoped]:
-    this = Scoped(Server(handlers, **options))
+    this = Scoped(wire.make_server(handlers, **options))
     async with trio.open_nursery() as nursery:
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
@@ -71,17 +71,6 @@ async def scoped(
 
         await nursery.start(run)
         yield this
-
-
-@asynccontextmanager
-async def calling(wire: Wire, address: str, journal: Journal, op: str = "work") -> AsyncIterator[Outcome]:
-    """A call in flight, in a task that is not cancelled with the server; it must have ended when the block is left."""
-    outcome = Outcome()
-    async with wire.client(address) as remote, trio.open_nursery() as nursery:
-        nursery.start_soon(outcome.of, remote[op])
-        await journal.started()
-        yield outcome
-        await outcome.ended()
 
 
 def cut(outcome: Outcome, reason: str = "server cancelled") -> bool:
@@ -94,7 +83,7 @@ async def test_b01_cancelled_means_now(wire: Wire) -> None:
         journal = Journal()
         async with (
             scoped(way, wire, {"work": journal.handler(60, wire)}) as this,
-            calling(wire, this.address, journal) as outcome,
+            wire.calling(this.address, journal) as outcome,
         ):
             with wire.now():
                 this.scope.cancel()
@@ -111,7 +100,7 @@ async def test_b02_drain_on_cancel_delivers_the_reply(wire: Wire) -> None:
         journal = Journal()
         async with (
             scoped(way, wire, {"work": journal.handler(0.3, wire)}, drain_on_cancel=5) as this,
-            calling(wire, this.address, journal) as outcome,
+            wire.calling(this.address, journal) as outcome,
         ):
             with wire.lasts(0.3):
                 this.scope.cancel()
@@ -128,7 +117,7 @@ async def test_b02_a_stop_does_not_make_the_drain_longer(wire: Wire) -> None:
         journal = Journal()
         async with (
             scoped(way, wire, {"work": journal.handler(60, wire)}, drain_on_cancel=0.1) as this,
-            calling(wire, this.address, journal) as outcome,
+            wire.calling(this.address, journal) as outcome,
         ):
             this.server.stop(30)
             with wire.takes(0.1):
@@ -143,7 +132,7 @@ async def test_b03_drain_on_cancel_has_an_end(wire: Wire) -> None:
         journal = Journal()
         async with (
             scoped(way, wire, {"work": journal.handler(60, wire)}, drain_on_cancel=0.05) as this,
-            calling(wire, this.address, journal) as outcome,
+            wire.calling(this.address, journal) as outcome,
         ):
             with wire.takes(0.05):
                 this.scope.cancel()
@@ -159,7 +148,7 @@ async def test_b04_the_caller_of_aclose_is_cancelled(wire: Wire) -> None:
         journal = Journal()
         async with (
             wire.server({"work": journal.handler(60, wire)}) as (server, address),
-            calling(wire, address, journal) as outcome,
+            wire.calling(address, journal) as outcome,
         ):
             with trio.move_on_after(wire.seconds(1)) as scope, wire.lasts(1):
                 # The grace is being waited for, and is not over for long.
@@ -186,7 +175,7 @@ async def test_b05_a_sibling_fails(wire: Wire) -> None:
     failure = ValueError("a sibling")
 
     async def client(address: str) -> None:
-        async with calling(wire, address, journal) as call:
+        async with wire.calling(address, journal) as call:
             pass
         outcome.error = call.error
         done.set()
@@ -195,7 +184,7 @@ async def test_b05_a_sibling_fails(wire: Wire) -> None:
         raise failure
 
     done = trio.Event()
-    server = Server({"work": journal.handler(60, wire)})
+    server = wire.make_server({"work": journal.handler(60, wire)})
 
     async def serve_beside_failure() -> None:
         async with trio.open_nursery() as nursery:
@@ -232,7 +221,7 @@ async def test_b05_the_block_of_the_server_fails(wire: Wire) -> None:
     remotes: list[rpc] = []
     async with trio.open_nursery() as nursery:
         with wire.now(), pytest.raises(ValueError, match="in the block") as caught:
-            await in_block(Server({"work": journal.handler(60, wire)}))
+            await in_block(wire.make_server({"work": journal.handler(60, wire)}))
         # The very one, and no group of one.
         assert caught.value is failure
         await outcome.ended()
@@ -257,7 +246,7 @@ async def test_b06_bounded_cleanup_is_waited_for(wire: Wire) -> None:
 
         async with (
             scoped(Scoped.serve, wire, {"work": tidy}) as this,
-            calling(wire, this.address, journal) as outcome,
+            wire.calling(this.address, journal) as outcome,
         ):
             with wire.takes(min(needs, 0.2)):
                 this.scope.cancel()
@@ -281,7 +270,7 @@ async def test_b07_what_does_not_end_is_named_every_second(wire: Wire) -> None:
 
     async with (
         wire.server({"work": busy_below}, name="a server") as (server, address),
-        calling(wire, address, journal) as outcome,
+        wire.calling(address, journal) as outcome,
     ):
         with wire.takes(3):
             server.stop(0)
@@ -314,7 +303,7 @@ async def test_b08_a_handler_that_swallows_cancelled(wire: Wire) -> None:
                 journal("swallowed")
         return "a result of nothing"
 
-    async with wire.server({"work": swallow}) as (server, address), calling(wire, address, journal) as outcome:
+    async with wire.server({"work": swallow}) as (server, address), wire.calling(address, journal) as outcome:
         # Cancellation is a state, not an event: the second and the third await meet it as well.
         with wire.now():
             server.stop(0)
@@ -361,7 +350,7 @@ async def test_b02_cancelled_while_it_drains_already(wire: Wire) -> None:
     """Outside cancellation counts whenever it comes: drain_on_cancel replaces what is left of a longer grace, even an endless one."""
     journal = Journal()
     async with trio.open_nursery() as nursery:
-        server = Server({"work": journal.handler(1000, wire)}, drain_on_cancel=wire.seconds(0.5))
+        server = wire.make_server({"work": journal.handler(1000, wire)}, drain_on_cancel=wire.seconds(0.5))
         with trio.CancelScope() as scope:
             reasons: list[str] = []
 
@@ -393,7 +382,7 @@ async def test_b01_cancelled_in_its_grace(wire: Wire) -> None:
     reasons: list[str] = []
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
-            async with Server({"work": journal.handler(1000, wire)}) as server:
+            async with wire.make_server({"work": journal.handler(1000, wire)}) as server:
 
                 async def call(address: str) -> None:
                     async with wire.client(address) as remote:
@@ -420,12 +409,12 @@ async def test_b03_started_in_a_cancelled_scope(wire: Wire) -> None:
     for _ in range(2):
         with wire.now(), trio.CancelScope() as scope:
             scope.cancel()
-            async with Server(drain_on_cancel=wire.seconds(60)) as server:
+            async with wire.make_server(drain_on_cancel=wire.seconds(60)) as server:
                 await server.listen(wire.where)
         assert scope.cancelled_caught
 
     async def life() -> None:
-        async with Server({"echo": lambda data: data}, drain_on_cancel=wire.seconds(60)) as server:
+        async with wire.make_server({"echo": lambda data: data}, drain_on_cancel=wire.seconds(60)) as server:
             address = await server.listen(wire.where)
             async with wire.client(address) as remote:
                 assert await remote.echo(data=1) == 1
@@ -446,7 +435,7 @@ async def test_b02_a_caller_that_leaves_meanwhile_is_noticed(wire: Wire) -> None
                     await remote.work()
 
         with trio.CancelScope() as scope:
-            async with Server({"work": journal.handler(1000, wire)}, drain_on_cancel=wire.seconds(600)) as server:
+            async with wire.make_server({"work": journal.handler(1000, wire)}, drain_on_cancel=wire.seconds(600)) as server:
                 nursery.start_soon(call, await server.listen(wire.where))
                 await journal.started()
                 scope.cancel()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import types
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator
-from contextlib import asynccontextmanager
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,10 @@ from trio_dcore import (
     CommClosedError,
     HandlerCancelled,
     RemoteError,
-    Security,
     SerializationError,
     Server,
     Status,
     UnknownOp,
-    connect,
     rpc,
 )
 from trio_dcore.protocol import exception_from_reply
@@ -127,7 +124,7 @@ async def test_c03_wrong_arguments(wire: Wire) -> None:
 @reference("C03", "m i t u l")
 async def test_c03_keys_that_are_no_names(wire: Wire) -> None:
     keys: tuple[Any, ...] = (1, b"x", None, (1, 2))
-    async with wire.server({"add": add}) as (_, address), await connect(address) as comm:
+    async with wire.server({"add": add}) as (_, address), await wire.connect(address) as comm:
         for key in keys:
             await comm.write({"op": "add", "x": 1, key: 2, "reply": True})
             reply = await comm.read()
@@ -240,7 +237,7 @@ async def test_c06_exits_end_the_server(wire: Wire) -> None:
                     raise BaseExceptionGroup("with company", [ValueError("lost"), leave])
                 raise leave
 
-            server = Server({"leave": leave_now, "work": journal.handler(60, wire)})
+            server = wire.make_server({"leave": leave_now, "work": journal.handler(60, wire)})
             async with trio.open_nursery() as clients:
                 remotes: list[rpc] = []
 
@@ -302,32 +299,10 @@ async def test_c06_an_exit_out_of_serve_is_bare(wire: Wire) -> None:
     async with trio.open_nursery() as clients:
         await clients.start(call)
         with pytest.raises(SystemExit) as caught:
-            await Server({"leave": leave}).serve(wire.where, task_status=Told())
+            await wire.make_server({"leave": leave}).serve(wire.where, task_status=Told())
         assert caught.value.code == 7
         await outcome.ended()
     assert isinstance(outcome.error, CommClosedError)
-
-
-Script = Callable[[ManualPeer], Awaitable[None]]
-
-
-@asynccontextmanager
-async def scripted_server(wire: Wire, script: Script) -> AsyncIterator[str]:
-    """Something that listens, takes one connection, and says what a script tells it to."""
-
-    async def accept(listener: trio.abc.Listener[Any]) -> None:
-        async with listener, ManualPeer(await listener.accept()) as peer:
-            await script(peer)
-
-    async with trio.open_nursery() as nursery:
-        if wire.network is not None:
-            memory = await wire.network.listen_streams()
-            nursery.start_soon(accept, memory)
-            yield memory.address
-        else:
-            (tcp,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-            nursery.start_soon(accept, tcp)
-            yield f"tcp://127.0.0.1:{tcp.socket.getsockname()[1]}"
 
 
 class GroupOfExits:
@@ -363,7 +338,7 @@ async def test_c07_a_stock_servers_reply_is_an_exit(wire: Wire) -> None:
             await peer.receive()
             await peer.send("goes on")
 
-        async with scripted_server(wire, script) as address, wire.client(address) as remote:
+        async with wire.scripted(script) as address, wire.client(address) as remote:
             outcome = Outcome()
             await outcome.of(remote.leave)
             assert is_harmless(outcome.error, f"builtins.{name}"), outcome.error
@@ -388,7 +363,7 @@ async def test_c07_an_opted_in_reply_is_an_exit(wire: Wire) -> None:
             request = await peer.receive()
             await peer.send((0, request[KEY]["id"], "goes on"))
 
-        async with scripted_server(wire, script) as address, wire.client(address) as remote:
+        async with wire.scripted(script) as address, wire.client(address) as remote:
             outcome = Outcome()
             await outcome.of(remote.leave)
             assert is_harmless(outcome.error, value["type"]), outcome.error
@@ -434,9 +409,10 @@ async def test_c07_a_strangers_pickle_is_not_run(wire: Wire) -> None:
         await peer.send((ERROR, request[KEY]["id"], value))
 
     for each in (script, script_opted_in):
-        for security, runs in ((Security(pickle="never"), False), (Security(pickle="always"), True)):
+        for pickles, runs in (("never", False), ("always", True)):
+            security = wire.secured(pickle=pickles)
             SPRUNG.clear()
-            async with scripted_server(wire, each) as address, wire.client(address, security=security) as remote:
+            async with wire.scripted(each) as address, wire.client(address, security=security) as remote:
                 outcome = Outcome()
                 await outcome.of(remote.leave)
                 # Once it is allowed the trap works, so that it proves something where it does not.
@@ -450,7 +426,7 @@ async def test_c07_a_handler_writes_the_reply_itself(wire: Wire) -> None:
         await comm.write({"status": "uncaught-error", "exception": pickle.dumps(SystemExit(7)), "traceback": None})
         return Status.dont_reply
 
-    async with wire.server({"leave": leave, "add": add}) as (_, address), await connect(address) as comm:
+    async with wire.server({"leave": leave, "add": add}) as (_, address), await wire.connect(address) as comm:
         await comm.write({"op": "leave", "reply": True})
         error = exception_from_reply(await comm.read(), allow_pickle=lambda: True)
         assert is_harmless(error, "builtins.SystemExit")

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import trio
 import trio.testing
 
 from tests.reference.kit import Journal, Outcome, Wire, reference
-from trio_dcore import CommClosedError, ConnectionPool, RemoteError, RPCClosed, Server, connect
+from trio_dcore import CommClosedError, ConnectionPool, RemoteError, RPCClosed, Server
+from trio_dcore.comm import parse_address
 from trio_dcore.testing import cancel_sweep
 
 blocked = trio.testing.wait_all_tasks_blocked
@@ -108,35 +110,61 @@ def resolver_that_hangs() -> Iterator[trio.Event]:
 
 
 @contextmanager
-def listener_that_does_not_answer() -> Iterator[str]:
+def listener_that_does_not_answer(wire: Wire) -> Iterator[str]:
     """The queue of a listener that accepts nothing is full, so that the kernel leaves further connects without an answer."""
-    with socket.socket() as listener, socket.socket() as first:
-        listener.bind(("127.0.0.1", 0))
+    where = wire.where
+    scheme, location = parse_address(where)
+    family, name = (socket.AF_UNIX, location) if scheme == "unix" else (socket.AF_INET, ("127.0.0.1", 0))
+    with socket.socket(family) as listener, socket.socket(family) as first:
+        listener.bind(name)  # type: ignore[arg-type]
         listener.listen(0)
         first.connect(listener.getsockname())
-        yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            yield where if scheme == "unix" else f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            if scheme == "unix":
+                Path(location).unlink()
+
+
+async def has_hung_up(stream: trio.abc.Stream) -> None:
+    """Read to the end, which is there."""
+    with trio.fail_after(1):
+        while await stream.receive_some():
+            pass
 
 
 @reference("D01", "t u l")
 async def test_d01_cancelled_before_there_is_a_comm(wire: Wire) -> None:
-    async with wire.server({"quick": lambda: "quick"}) as (_, address), ConnectionPool() as pool:
-        with resolver_that_hangs() as asked:
-            await cancelled_while(pool, "tcp://somewhere.invalid:1", asked.wait)
+    async with wire.server({"quick": lambda: "quick"}) as (_, address), wire.pool() as pool:
+        if wire.transport != "u":
+            with resolver_that_hangs() as asked:
+                await cancelled_while(pool, f"{parse_address(address)[0]}://somewhere.invalid:1", asked.wait)
 
-        with listener_that_does_not_answer() as nowhere:
-            await cancelled_while(pool, nowhere, blocked)
+        with listener_that_does_not_answer(wire) as nowhere:
+            await cancelled_while(pool, nowhere, partial(trio.sleep, 0.02))
 
-        (silent,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        silent, there = await wire.listen_bytes()
         async with silent:
             accepted = Outcome()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(accepted.of, silent.accept)
-                await cancelled_while(pool, f"tcp://127.0.0.1:{silent.socket.getsockname()[1]}", accepted.ended)
-            # It had begun to shake hands, and has hung up.
+                await cancelled_while(pool, there, accepted.ended)
+            # It had begun to shake hands, over TLS those of TLS, and has hung up.
             async with accepted.value as stream:
-                with wire.now():
-                    while await stream.receive_some():
-                        pass
+                await has_hung_up(stream)
+
+            accepted = Outcome()
+
+            async def shake_hands_halfway() -> trio.abc.Stream:
+                peer = wire.accepted(await silent.accept())
+                await peer.receive()
+                return peer.stream
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(accepted.of, shake_hands_halfway)
+                await cancelled_while(pool, there, accepted.ended)
+            async with accepted.value as stream:
+                await has_hung_up(stream)
 
         assert await pool(address).quick() == "quick"
         counts_are_whole(pool, open=1)
@@ -148,7 +176,7 @@ async def test_d01_cancelled_before_there_is_a_comm(wire: Wire) -> None:
 @reference("D02", "m i t u l")
 async def test_d02_a_cancelled_waiter_gives_up_its_place(wire: Wire) -> None:
     held = Held()
-    async with wire.server({"hold": held, "quick": lambda: "quick"}) as (_, address), ConnectionPool(limit=1) as pool:
+    async with wire.server({"hold": held, "quick": lambda: "quick"}) as (_, address), wire.pool(limit=1) as pool:
         remote = pool(address)
         async with trio.open_nursery() as nursery:
             holder, following = Outcome(), Outcome()
@@ -175,7 +203,7 @@ async def test_d02_a_cancelled_waiter_gives_up_its_place(wire: Wire) -> None:
 async def test_d02_a_waiter_that_is_cancelled_when_it_is_its_turn_passes_it_on(wire: Wire) -> None:
     """The holder's end gives the waiter a comm, or with another address a slot, and in the same step it is cancelled."""
     handlers = {"quick": lambda: "quick"}
-    async with wire.server(handlers) as (_, one), wire.server(handlers) as (_, other), ConnectionPool(limit=1) as pool:
+    async with wire.server(handlers) as (_, one), wire.server(handlers) as (_, other), wire.pool(limit=1) as pool:
         for address in (one, other):
             for cancelled_first in (False, True):
                 comm, _ = await pool.acquire(one, "held")
@@ -210,7 +238,7 @@ async def test_d03_cancelled_between_the_slot_and_the_first_byte(wire: Wire) -> 
         return "quick"
 
     kept = unsent = 0
-    async with wire.server({"quick": quick}) as (_, address), ConnectionPool(limit=1) as pool:
+    async with wire.server({"quick": quick}) as (_, address), wire.pool(limit=1) as pool:
 
         async def first_call() -> None:
             nonlocal started
@@ -247,7 +275,7 @@ async def test_d04_cancelled_half_way_through_writing(wire: Wire) -> None:
     async with (
         wire.server({"take": lambda data: len(data)}) as (server, address),
         wire.relay(address) as relay,
-        ConnectionPool(limit=1) as pool,
+        wire.pool(limit=1) as pool,
     ):
         relay.limits = (BEGUN, LARGE)
         async with trio.open_nursery() as nursery:
@@ -276,7 +304,7 @@ async def test_d04_of_a_raw_comm(wire: Wire) -> None:
     """Nobody but the comm itself can close it there."""
     async with wire.server({"take": lambda data: len(data)}) as (server, address), wire.relay(address) as relay:
         relay.limits = (BEGUN, LARGE)
-        async with await connect(relay.address) as comm:
+        async with await wire.connect(relay.address) as comm:
             async with trio.open_nursery() as nursery:
                 writing = Cancellable(nursery, partial(comm.write, {"op": "take", "data": bytes(LARGE)}))
                 while not relay.passed or relay.passed[0][0] < BEGUN:
@@ -297,7 +325,7 @@ async def test_d05_cancelled_while_waiting_for_the_reply(wire: Wire) -> None:
     journal = Journal()
     async with (
         wire.server({"work": journal.handler(20, wire), "quick": lambda: "quick"}) as (server, address),
-        ConnectionPool(limit=1) as pool,
+        wire.pool(limit=1) as pool,
     ):
         async with trio.open_nursery() as nursery:
             call = Cancellable(nursery, pool(address).work)
@@ -321,7 +349,7 @@ async def test_d06_cancelled_half_way_through_reading(wire: Wire) -> None:
     async with (
         wire.server({"give": lambda letter: letter * size, "quick": lambda: "quick"}) as (_, address),
         wire.relay(address) as relay,
-        ConnectionPool(limit=1) as pool,
+        wire.pool(limit=1) as pool,
     ):
         relay.limits = (size, size // 2)
         async with trio.open_nursery() as nursery:
@@ -351,7 +379,7 @@ async def test_d06_of_a_raw_comm(wire: Wire) -> None:
     size = 8 * 2**20
     async with wire.server({"give": lambda: bytes(size)}) as (_, address), wire.relay(address) as relay:
         relay.limits = (size, size // 2)
-        async with await connect(relay.address) as comm:
+        async with await wire.connect(relay.address) as comm:
             await comm.write({"op": "give", "reply": True})
             async with trio.open_nursery() as nursery:
                 reading = Cancellable(nursery, comm.read)
@@ -460,7 +488,7 @@ async def test_d07_five_hundred_calls_cancelled_at_random(wire: Wire) -> None:
         scope.cancel()
 
     handlers = {"slow": slow, "fail": fail, "meet": meet, "count": count}
-    async with wire.server(handlers) as (one, here), wire.server(handlers) as (_, there), ConnectionPool(limit=4) as pool:
+    async with wire.server(handlers) as (one, here), wire.server(handlers) as (_, there), wire.pool(limit=4) as pool:
         invariant = Invariant(pool, wire)
         trio.lowlevel.add_instrument(invariant)
         async with trio.open_nursery() as nursery:
@@ -494,7 +522,7 @@ async def test_d08_closing_a_pool_ends_all_kinds_of_calls(wire: Wire) -> None:
         for how in ("aclose", "close_now", "block"):
             journal.clear()
             outcomes = {name: Outcome() for name in ("in flight", "connecting", "waiting")}
-            pool = ConnectionPool(limit=2)
+            pool = wire.pool(limit=2)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(outcomes["in flight"].of, pool(address).work)
                 await journal.started()
@@ -529,7 +557,7 @@ async def test_d10_without_a_reply_the_handler_outlives_its_caller(wire: Wire) -
     for close in (False, True):
         journal = Journal()
         async with wire.server({"work": journal.handler(0.5, wire)}) as (server, address):
-            async with ConnectionPool() as pool:
+            async with wire.pool() as pool:
                 with wire.now():
                     await pool(address).work.notify(**({"close": True} if close else {}))
             assert pool.open == 0
@@ -545,7 +573,7 @@ async def test_d10_without_a_reply_the_handler_outlives_its_caller(wire: Wire) -
 async def test_d10_through_a_raw_comm(wire: Wire) -> None:
     journal = Journal()
     async with wire.server({"work": journal.handler(0.5, wire)}) as (_, address):
-        comm = await connect(address)
+        comm = await wire.connect(address)
         await comm.write({"op": "work", "reply": False})
         comm.abort()
         await journal.started()

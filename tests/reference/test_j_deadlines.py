@@ -13,7 +13,7 @@ import trio.testing
 
 from tests.reference.kit import Journal, Outcome, Wire, covers, reference
 from tests.reference.test_d_calls_and_pool import Cancellable, Held, counts_are_whole
-from trio_dcore import ConnectionPool, HandlerCancelled, current_request, rpc
+from trio_dcore import HandlerCancelled, current_request, rpc
 from trio_dcore.protocol._remote_errors import error_value
 from trio_dcore.testing import ManualPeer, MemoryStreamListener
 
@@ -23,7 +23,7 @@ blocked = trio.testing.wait_all_tasks_blocked
 @reference("J01", "m i t u l")
 async def test_j01_a_scope_round_a_call(wire: Wire) -> None:
     journal = Journal()
-    async with wire.server({"work": journal.handler(1, wire)}) as (server, address), ConnectionPool() as pool:
+    async with wire.server({"work": journal.handler(1, wire)}) as (server, address), wire.pool() as pool:
         with wire.lasts(0.5):
             with trio.move_on_after(wire.seconds(0.5)) as scope:
                 await pool(address).work()
@@ -40,7 +40,7 @@ async def test_j01_a_scope_round_a_call(wire: Wire) -> None:
 async def test_j01_a_deadline_that_has_passed_starts_nothing(wire: Wire) -> None:
     """A request whose deadline is over when it arrives; what is on its way longer than its caller waits."""
     journal = Journal()
-    async with wire.server({"work": journal.handler(1, wire)}) as (server, address), ConnectionPool() as pool:
+    async with wire.server({"work": journal.handler(1, wire)}) as (server, address), wire.pool() as pool:
         await pool(address).echo()
         comm = pool.reuse(address, "work")
         assert comm is not None
@@ -63,7 +63,7 @@ async def test_j02_the_deadline_holds_where_the_cancellation_is_lost(wire: Wire)
     async with (
         wire.server({"work": journal.handler(60, wire)}) as (server, address),
         wire.relay(address) as relay,
-        ConnectionPool() as pool,
+        wire.pool() as pool,
     ):
         async with trio.open_nursery() as nursery:
             with wire.lasts(1):
@@ -88,7 +88,7 @@ async def test_j02_the_control_without_a_deadline_nobody_is_told(wire: Wire) -> 
     async with (
         wire.server({"work": journal.handler(60, wire)}) as (server, address),
         wire.relay(address) as relay,
-        ConnectionPool() as pool,
+        wire.pool() as pool,
     ):
         async with trio.open_nursery() as nursery:
             caller = Cancellable(nursery, pool(relay.address).work)
@@ -130,7 +130,7 @@ async def test_j03_nested_calls_share_what_is_left(wire: Wire) -> None:
         wire.server({"work": handler("C", trio.sleep_forever)}) as (_, c),
         wire.server() as (server_b, b),
         wire.server() as (server_a, a),
-        rpc(a) as remote,
+        wire.client(a) as remote,
     ):
         server_b.handlers["work"] = handler("B", lambda: server_b.rpc(c).work())
         server_a.handlers["work"] = handler("A", lambda: server_a.rpc(b).work())
@@ -168,7 +168,7 @@ async def test_j03_a_handler_may_only_shorten(wire: Wire) -> None:
     async with (
         wire.server({"innermost": innermost}) as (_, inner_address),
         wire.server({"middle": middle}) as (outer, address),
-        rpc(address) as remote,
+        wire.client(address) as remote,
     ):
         with trio.fail_after(wire.seconds(100) + 5), wire.lasts(0.5):
             assert await remote.middle(scale=0.5) == "moved on: True"
@@ -211,7 +211,7 @@ def test_j04_a_stock_server_is_told_no_deadline(tmp_path: Path) -> None:
 @reference("J05", "m i t u l")
 async def test_j05_a_scope_that_is_cancelled_already(wire: Wire) -> None:
     journal = Journal()
-    async with wire.server({"work": journal.handler(0, wire)}) as (server, address), ConnectionPool() as pool:
+    async with wire.server({"work": journal.handler(0, wire)}) as (server, address), wire.pool() as pool:
         for warm in (False, True):
             if warm:
                 await pool(address).echo()
@@ -234,7 +234,7 @@ async def test_j05_reply_and_cancellation_in_the_same_tick(wire: Wire) -> None:
     """The handler ends so many steps before, or after, its call is cancelled; either the one or the other comes of it."""
     held = Held("the reply")
     cancelled = answered = 0
-    async with wire.server({"hold": held}) as (server, address), ConnectionPool() as pool:
+    async with wire.server({"hold": held}) as (server, address), wire.pool() as pool:
         for ahead in range(-10, 25):
             held.started, held.release = trio.Event(), trio.Event()
             async with trio.open_nursery() as nursery:
@@ -274,7 +274,7 @@ async def test_j05_reply_and_deadline_at_the_same_instant(wire: Wire) -> None:
     async def work() -> None:
         await trio.sleep(1)
 
-    async with wire.server({"work": work}) as (_, address), ConnectionPool() as pool:
+    async with wire.server({"work": work}) as (_, address), wire.pool() as pool:
         for _ in range(20):
             outcomes = []
             with wire.lasts(1):
@@ -314,7 +314,7 @@ async def test_j05_the_server_notices_the_deadline_first(wire: Wire) -> None:
 
     async with (
         await wire.network.listen_streams() as listener,
-        ConnectionPool(limit=1) as pool,
+        wire.pool(limit=1) as pool,
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(serve, listener)
@@ -332,7 +332,7 @@ async def test_j05_the_server_notices_the_deadline_first(wire: Wire) -> None:
 async def test_j05_the_handlers_own_deadline_is_told_from_a_bug(wire: Wire) -> None:
     """A deadline that only the handler's side has noticed yet: HandlerCancelled says so, and the comm goes on."""
     journal = Journal()
-    async with wire.server({"work": journal.handler(60, wire)}) as (_, address), ConnectionPool() as pool:
+    async with wire.server({"work": journal.handler(60, wire)}) as (_, address), wire.pool() as pool:
         await pool(address).echo()
         comm = pool.reuse(address, "work")
         assert comm is not None

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.reference.kit import Outcome, covers
+from tests.reference.kit import Outcome, covers, short_folder
 from trio_dcore import (
     CommClosedError,
     ConnectionPool,
@@ -79,19 +79,19 @@ BODIES = {
     # As the documentation shows it.
     "waiting": """
     async with Server(handlers, grace={grace}) as server:
-        say("listening on", await server.listen("tcp://127.0.0.1:0"))
+        say("listening on", await server.listen("{where}"))
         await stop_on_signals(server)
 """,
     # A task among others, in a nursery inside of the server's block.
     "task": """
     async with Server(handlers, grace={grace}) as server, trio.open_nursery() as nursery:
         await nursery.start(stop_on_signals, server)
-        say("listening on", await server.listen("tcp://127.0.0.1:0"))
+        say("listening on", await server.listen("{where}"))
 """,
     # A program that does nothing about signals.
     "without": """
     async with Server(handlers, grace={grace}) as server:
-        say("listening on", await server.listen("tcp://127.0.0.1:0"))
+        say("listening on", await server.listen("{where}"))
         await server.finished()
 """,
 }
@@ -131,14 +131,14 @@ class Program:
 
 
 @asynccontextmanager
-async def running(folder: Path, body: str, grace: float = GRACE) -> AsyncIterator[Program]:
+async def running(folder: Path, body: str, grace: float = GRACE, where: str = "tcp://127.0.0.1:0") -> AsyncIterator[Program]:
     """Run one of the programs above, or ``trio-dcore serve``."""
     (folder / "handlers.py").write_text(HANDLERS, encoding="utf-8")
     command = [sys.executable, "-W", "error"]
     if body == "serve":
-        command += ["-m", "trio_dcore.cli", "serve", "handlers:handlers", "--grace", str(grace)]
+        command += ["-m", "trio_dcore.cli", "serve", "handlers:handlers", "--grace", str(grace), "--listen", where]
     else:
-        (folder / "program.py").write_text(PROGRAM.format(body=BODIES[body].format(grace=grace)), encoding="utf-8")
+        (folder / "program.py").write_text(PROGRAM.format(body=BODIES[body].format(grace=grace, where=where)), encoding="utf-8")
         command += ["program.py"]
     path = os.pathsep.join(str(Path(each).resolve()) for each in sys.path if each)
     process = await trio.lowlevel.open_process(
@@ -178,11 +178,21 @@ def is_quiet(errors: str) -> bool:
 # -- K01: SIGTERM ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["tcp", "unix"])
+def where(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What a program listens on; a path is not left behind."""
+    if request.param == "tcp":
+        yield "tcp://127.0.0.1:0"
+    else:
+        with short_folder() as folder:
+            yield f"unix://{folder}/sock"
+
+
 @signals
-@covers("K01", "t")
+@covers("K01", "t u")
 @pytest.mark.parametrize("body", ["serve", "waiting", "task"])
-async def test_k01_sigterm_lets_work_in_flight_end(body: str, tmp_path: Path) -> None:
-    async with no_leaks(), running(tmp_path, body) as program, trio.open_nursery() as nursery:
+async def test_k01_sigterm_lets_work_in_flight_end(body: str, where: str, tmp_path: Path) -> None:
+    async with no_leaks(), running(tmp_path, body, where=where) as program, trio.open_nursery() as nursery:
         outcome = Outcome()
         nursery.start_soon(call, program, "hold", outcome)
         assert await program.line() == "began"
@@ -199,10 +209,10 @@ async def test_k01_sigterm_lets_work_in_flight_end(body: str, tmp_path: Path) ->
 
 
 @signals
-@covers("K01", "t")
+@covers("K01", "t u")
 @pytest.mark.parametrize("body", ["serve", "waiting"])
-async def test_k01_sigterm_cuts_what_takes_longer_than_the_grace(body: str, tmp_path: Path) -> None:
-    async with no_leaks(), running(tmp_path, body, grace=0.2) as program, trio.open_nursery() as nursery:
+async def test_k01_sigterm_cuts_what_takes_longer_than_the_grace(body: str, where: str, tmp_path: Path) -> None:
+    async with no_leaks(), running(tmp_path, body, grace=0.2, where=where) as program, trio.open_nursery() as nursery:
         outcome = Outcome()
         nursery.start_soon(call, program, "hang", outcome)
         assert await program.line() == "began"

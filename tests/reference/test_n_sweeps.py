@@ -22,8 +22,6 @@ from trio_dcore import (
     RPCClosed,
     Server,
     ServerClosing,
-    connect,
-    rpc,
     run_to_end,
     send_recv,
 )
@@ -37,7 +35,8 @@ blocked = trio.testing.wait_all_tasks_blocked
 class Subject:
     """Handlers that count who is inside, so that one that was left behind, or cut without its finally, is seen."""
 
-    def __init__(self) -> None:
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
         self.inside = 0
         self.notified = 0
         self.worked: list[int] = []
@@ -92,7 +91,7 @@ class Subject:
         await blocked()
         assert self.inside == 0
         assert server.statistics().in_flight == 0
-        async with rpc(address) as remote:
+        async with self._wire.client(address) as remote:
             assert await remote.work(x=21) == 42
             assert await remote.work(x=4) == 8
         await blocked()
@@ -164,11 +163,11 @@ def each_use(row: str, over: str) -> Callable[[Callable[[Wire, Use], Awaitable[N
 @each_use("N01", "m i t u l")
 async def test_n01_a_client_from_nothing(wire: Wire, use: Use) -> None:
     """Connection, handshake, request, answer and end, cancelled at each step of either side."""
-    subject = Subject()
+    subject = Subject(wire)
     async with wire.server(subject.handlers) as (server, address):
 
         async def scenario() -> None:
-            async with rpc(address) as remote:
+            async with wire.client(address) as remote:
                 await use(remote)
 
         async def check() -> None:
@@ -181,8 +180,8 @@ async def test_n01_a_client_from_nothing(wire: Wire, use: Use) -> None:
 @each_use("N01", "m i t u l")
 async def test_n01_a_client_with_a_pool(wire: Wire, use: Use) -> None:
     """The same with comms that are there already; the pool's counts are whole after each run."""
-    subject = Subject()
-    async with wire.server(subject.handlers) as (server, address), ConnectionPool(limit=2) as pool:
+    subject = Subject(wire)
+    async with wire.server(subject.handlers) as (server, address), wire.pool(limit=2) as pool:
 
         async def scenario() -> None:
             await use(pool(address))
@@ -201,11 +200,11 @@ async def test_n01_a_client_with_a_pool(wire: Wire, use: Use) -> None:
 
 @reference("N01", "m i t u l")
 async def test_n01_a_bare_comm(wire: Wire) -> None:
-    subject = Subject()
+    subject = Subject(wire)
     async with wire.server(subject.handlers) as (server, address):
 
         async def scenario() -> None:
-            async with await connect(address) as comm:
+            async with await wire.connect(address) as comm:
                 assert await send_recv(comm, op="work", x=1) == 2
                 await comm.send({"op": "work", "x": 2, "reply": True})
                 assert await comm.receive() == 4
@@ -220,7 +219,7 @@ async def test_n01_a_bare_comm(wire: Wire) -> None:
 @reference("N01", "m i t u l")
 async def test_n01_a_call_through_another_server(wire: Wire) -> None:
     """A handler that calls on: its pool is whole, too."""
-    subject = Subject()
+    subject = Subject(wire)
     async with wire.server(subject.handlers) as (server, address), wire.server() as (front, at_front):
 
         async def on(x: int) -> int:
@@ -230,7 +229,7 @@ async def test_n01_a_call_through_another_server(wire: Wire) -> None:
         front.handlers["on"] = on
 
         async def scenario() -> None:
-            async with rpc(at_front) as remote:
+            async with wire.client(at_front) as remote:
                 assert await remote.on(x=3) == 6
 
         async def check() -> None:
@@ -251,11 +250,11 @@ class Making:
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
-        self.subject = Subject()
+        self.subject = Subject(wire)
         self.made: list[Server] = []
 
     def server(self, **options: Any) -> Server:
-        self.made.append(Server(self.subject.handlers, **options))
+        self.made.append(self._wire.make_server(self.subject.handlers, **options))
         return self.made[-1]
 
     async def check(self) -> None:
@@ -319,7 +318,7 @@ async def test_n02_listening_in_the_moment_of_the_cancellation(wire: Wire) -> No
         for steps in 10 * list(range(7)):  # noqa: B007 - Slow reads it
             scope = trio.CancelScope()
             with scope:
-                async with Server() as server:
+                async with wire.make_server() as server:
                     for _ in range(3):  # whose tasks are cancelled in an order that is left to chance
                         await server.listen(wire.where)
                     await server.listen("slow://")
@@ -361,7 +360,7 @@ async def test_n02_stopping(wire: Wire) -> None:
         async def scenario(end: Callable[[Server], Awaitable[object]] = end) -> None:
             async with making.server(grace=wire.seconds(1)) as server:
                 address = await server.listen(wire.where)
-                async with ConnectionPool() as pool, trio.open_nursery() as nursery:
+                async with wire.pool() as pool, trio.open_nursery() as nursery:
                     await pool(address).work(x=1)
                     nursery.start_soon(ignoring_the_end, pool(address).work, 2)
                     nursery.start_soon(endless, pool(address))
@@ -392,11 +391,11 @@ async def endless(remote: Any) -> None:
 @reference("N02", "m i t u l")
 async def test_n02_waiting_for_a_slot(wire: Wire) -> None:
     """A full pool: the holder's end hands its comm on, or its slot, in the middle of the sweep."""
-    subject = Subject()
+    subject = Subject(wire)
     async with (
         wire.server(subject.handlers) as (one, here),
         wire.server(subject.handlers) as (other, there),
-        ConnectionPool(limit=1) as pool,
+        wire.pool(limit=1) as pool,
     ):
         for holders, ours in ((here, here), (there, here)):
 
@@ -422,11 +421,11 @@ async def test_n02_waiting_for_a_slot(wire: Wire) -> None:
 @reference("N02", "m i t u l")
 async def test_n02_closing_a_pool(wire: Wire) -> None:
     """Calls in flight, connecting and waiting while their pool is closed, and then cancelled."""
-    subject = Subject()
+    subject = Subject(wire)
     async with wire.server(subject.handlers) as (server, address):
 
         async def scenario() -> None:
-            pool = ConnectionPool(limit=2)
+            pool = wire.pool(limit=2)
             async with trio.open_nursery() as nursery:
                 for x in range(4):
                     nursery.start_soon(ignoring_the_end, pool(address).work, x)
@@ -444,9 +443,9 @@ async def test_n02_closing_a_pool(wire: Wire) -> None:
 @reference("N02", "m i t u l")
 async def test_n02_streaming_with_a_full_window(wire: Wire) -> None:
     """Sender and receiver wait for each other: for credit, and for items."""
-    subject = Subject()
+    subject = Subject(wire)
     count = 40  # some windows
-    async with wire.server(subject.handlers) as (server, address), ConnectionPool(limit=1) as pool:
+    async with wire.server(subject.handlers) as (server, address), wire.pool(limit=1) as pool:
 
         async def scenario() -> None:
             async with pool(address).sums.stream() as stream, trio.open_nursery() as nursery:
@@ -506,11 +505,11 @@ def faults_of(network: MemoryNetwork) -> list[FaultStream]:
 def test_n03_cut_after_every_byte(use: Use) -> None:
     """Both ways, by an end and by a reset: a typed error or a result, no hang; afterwards server and pool are whole."""
 
-    async def body(_: Wire) -> None:
+    async def body(wire: Wire) -> None:
         async def scenario(network: MemoryNetwork) -> None:
-            subject = Subject()
+            subject = Subject(wire)
             faults = faults_of(network)
-            async with Server(subject.handlers) as server, ConnectionPool(limit=1) as pool:
+            async with wire.make_server(subject.handlers) as server, wire.pool(limit=1) as pool:
                 address = await server.listen("memory://")
                 try:
                     await use(pool(address))
@@ -538,11 +537,11 @@ def test_n03_cut_over_tcp(use: Use, side: str, how: Any) -> None:
     """The same with real sockets, after every few bytes."""
 
     async def body(wire: Wire) -> None:
-        subject = Subject()
+        subject = Subject(wire)
         async with wire.server(subject.handlers) as (server, address):
             after = 0
             while True:
-                async with wire.relay(address) as relay, ConnectionPool(limit=1) as pool:
+                async with wire.relay(address) as relay, wire.pool(limit=1) as pool:
                     faults: list[FaultStream] = []
 
                     def cut(stream: trio.abc.Stream, which: str, after: int = after, faults: Any = faults) -> trio.abc.Stream:

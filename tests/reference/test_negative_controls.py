@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.reference import controls_clients, controls_servers, kit  # noqa: F401  # which fill CONTROLS
+from tests.reference import controls_clients, controls_limits, controls_servers, kit  # noqa: F401  # which fill CONTROLS
 from tests.reference.controls import CONTROLS, Catch, Control
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "shutdown-controls.md"
@@ -56,7 +56,7 @@ class Watch:
         self._patience = patience
         self._run = kit.run
 
-    def run(self, body: kit.Body, transport: str, log: Any = None, *, real: bool = False) -> None:
+    def run(self, body: kit.Body, transport: str, log: Any = None, *, real: bool = False, trusted: bool = True) -> None:
         """Run a body as the kit does."""
 
         async def watched(wire: kit.Wire) -> None:
@@ -79,7 +79,7 @@ class Watch:
                     trio.lowlevel.remove_instrument(instrument)
                     nursery.cancel_scope.cancel()
 
-        self._run(watched, transport, log, real=real)
+        self._run(watched, transport, log, real=real, trusted=trusted)
 
 
 @contextmanager

@@ -152,17 +152,6 @@ class TestListening:
         assert server.status is Status.closed
         assert server.addresses == tuple(addresses)
 
-    async def test_one_line_tells_who_may_do_what(self, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, "trio_dcore.server")
-        async with Server({"add": add}, blocked_handlers=["echo"], name="Adder") as server:
-            await server.listen("tcp://127.0.0.1:0")
-            (record,) = caplog.records
-            line = record.getMessage()
-            assert line.startswith(f"Adder listens on {server.address} (not encrypted")
-            assert line.endswith("ops: add, identity")
-            await server.listen("inproc://")
-            assert "encrypted or in this process" in caplog.records[1].getMessage()
-
     async def test_an_address_that_is_taken(self, where: str) -> None:
         async with no_leaks(), Server() as first, Server() as second:
             address = await first.listen(where)
@@ -219,58 +208,6 @@ class TestListening:
             assert server.addresses == ()
         async with Server() as other:
             assert await other.listen("inproc://one-name") == "inproc://one-name"  # the name is free again
-
-    @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
-    async def test_no_more_descriptors(
-        self, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autojump_clock: Any
-    ) -> None:
-        """H02: accepting goes on when some are free again, and the log is told once a second at most."""
-        transport = get_transport("inproc")
-        until = trio.current_time() + 3
-
-        async def listen(location: str, settings: CommSettings) -> Any:
-            (listener,) = await original(location, settings)
-            accept = listener.accept
-
-            async def scarce() -> Any:
-                if trio.current_time() < until:
-                    await trio.lowlevel.checkpoint()
-                    raise OSError(number, "too many open files")
-                return await accept()
-
-            monkeypatch.setattr(listener, "accept", scarce)
-            return [listener]
-
-        original = transport.listen
-        monkeypatch.setattr(transport, "listen", listen)
-        async with Server({"add": add}) as server, rpc(await server.listen("inproc://")) as remote:
-            assert await remote.add(x=1) == 2
-            assert trio.current_time() >= until
-        assert 2 <= len(caplog.records) <= 4
-        assert "pauses" in caplog.text
-
-    async def test_a_listener_that_fails_ends_the_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        transport = get_transport("inproc")
-        original = transport.listen
-
-        async def listen(location: str, settings: CommSettings) -> Any:
-            (listener,) = await original(location, settings)
-
-            async def fail() -> Any:
-                await go.wait()
-                raise OSError(errno.EIO, "broken")
-
-            monkeypatch.setattr(listener, "accept", fail)
-            return [listener]
-
-        monkeypatch.setattr(transport, "listen", listen)
-        go = trio.Event()
-        with pytest.raises(OSError, match="broken"):
-            async with Server() as server:
-                await server.listen("inproc://")
-                go.set()
-                await trio.sleep_forever()
-        assert server.status is Status.closed
 
 
 class TestServe:

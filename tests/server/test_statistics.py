@@ -20,7 +20,7 @@ async def test_requests_by_op(where: str, serving: Any) -> None:
 
     async with serving({"fail": fail}, where) as (server, remote):
         assert server.statistics() == ServerStatistics(
-            connections=0, handshaking=0, requests={}, in_flight=0, bytes_read=0, bytes_written=0, errors=0, refused=0
+            connections=0, handshaking=0, requests={}, in_flight=0, bytes_read=0, bytes_written=0, errors=0, refused=0, expired=0
         )
         for _ in range(2):
             await remote.echo(data=1)

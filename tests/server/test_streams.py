@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import copy_context
@@ -12,9 +14,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_dcore import CommClosedError, HandlerCancelled, Limits, RemoteError, SerializationError, connect
+from trio_dcore import CommClosedError, HandlerCancelled, LimitExceeded, Limits, RemoteError, SerializationError, connect
 from trio_dcore.server._streams import generate
-from trio_dcore.testing import cancel_sweep
+from trio_dcore.testing import cancel_sweep, memory_network
 
 
 async def echo(x: Any = None) -> Any:
@@ -558,3 +560,142 @@ class TestThroughTheServer:
                 assert alive == 0
 
             assert await cancel_sweep(scenario, check=check) > 3
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The levels of what was logged of connections."""
+    return [record.levelname for record in caplog.records if "listens on" not in record.getMessage()]
+
+
+class TestStalls:
+    """``Limits.stream_stall`` bounds what a handler writes, ``write_stall`` what the server writes for it; time is virtual."""
+
+    LIMITS = Limits(stream_stall=20, write_stall=60, window=4)
+
+    @asynccontextmanager
+    async def stopped(self, handler: Any, serving: Any, *, stream: bool, **kwargs: Any) -> AsyncIterator[tuple[Any, float]]:
+        """A server whose client has made one request and reads nothing after it."""
+        with memory_network(capacity=2000):
+            async with serving({"op": handler}, "memory://", patience=10_000, limits=self.LIMITS) as (server, remote):
+                start = trio.current_time()
+                if stream:
+                    async with remote.op.stream(**kwargs):
+                        yield server, start
+                else:
+                    async with await connect(server.address) as comm:
+                        await comm.write({"op": "op", **kwargs})
+                        yield server, start
+
+    @pytest.mark.parametrize("stream", [True, False])
+    @pytest.mark.parametrize("size", [1, 10_000])
+    async def test_it_is_thrown_into_the_generator(
+        self, stream: bool, size: int, serving: Any, autojump_clock: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Both where no credit comes and where the item itself doesn't get through."""
+        caplog.set_level(logging.INFO, "trio_dcore.server")
+        told: list[tuple[float, str]] = []
+        async with contextlib.AsyncExitStack() as stack:
+
+            async def generate() -> AsyncIterator[bytes]:
+                try:
+                    with trio.move_on_after(1000):
+                        while True:
+                            yield bytes(size)
+                except LimitExceeded as error:
+                    told.append((trio.current_time(), error.limit))
+                    raise
+
+            server, start = await stack.enter_async_context(self.stopped(generate, serving, stream=stream))
+            await trio.sleep(2000)
+            assert told == [(start + 20, "stream_stall")]
+            assert lines(caplog) == ["INFO"]
+            assert "Limits(stream_stall=...)" in caplog.text
+            assert server.statistics().errors == 1
+            assert server.statistics().connections == 0
+
+    @pytest.mark.parametrize("how", ["return", "yield on"])
+    async def test_a_generator_that_does_not_pass_it_on(
+        self, how: str, serving: Any, autojump_clock: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It is ended all the same, and the log tells once why the connection was closed."""
+        caplog.set_level(logging.INFO, "trio_dcore.server")
+        trace: list[str] = []
+
+        async def generate() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    try:
+                        yield bytes(1000)
+                    except LimitExceeded as error:
+                        trace.append(error.limit)
+                        if how == "return":
+                            return
+            finally:
+                trace.append("finally")
+
+        async with self.stopped(generate, serving, stream=True) as (server, _):
+            await trio.sleep(100)
+            assert trace == ["stream_stall", "finally"]
+            assert lines(caplog) == ["INFO"]
+            assert "Limits(stream_stall=...)" in caplog.text
+            assert server.statistics().connections == 0
+
+    @pytest.mark.parametrize("stream", [True, False])
+    async def test_a_handlers_own_writes(self, stream: bool, serving: Any, autojump_clock: Any) -> None:
+        ends: list[tuple[float, str]] = []
+
+        async def write(comm: Any) -> None:
+            try:
+                while True:
+                    await comm.write(bytes(500))
+            except LimitExceeded as error:
+                ends.append((trio.current_time(), error.limit))
+                raise
+
+        async with self.stopped(write, serving, stream=stream) as (_, start):
+            await trio.sleep(100)
+            assert ends == [(start + 20, "stream_stall")]
+
+    @pytest.mark.parametrize("failing", [False, True])
+    async def test_a_reply(self, failing: bool, serving: Any, autojump_clock: Any, caplog: pytest.LogCaptureFixture) -> None:
+        """Row H03."""
+        caplog.set_level(logging.INFO, "trio_dcore.server")
+
+        async def reply() -> bytes:
+            if failing:
+                raise ValueError("x" * 9000)
+            return bytes(300_000)
+
+        async with self.stopped(reply, serving, stream=False) as (server, _):
+            await trio.sleep(59.9)
+            assert server.statistics().connections == 1
+            await trio.sleep(0.2)
+            assert server.statistics().connections == 0
+            assert lines(caplog) == ["INFO"]
+            assert "Limits(write_stall=...)" in caplog.text
+
+    async def test_a_slow_consumer_is_no_fault_by_default(self, serving: Any, autojump_clock: Any) -> None:
+        async def count() -> AsyncIterator[int]:
+            for n in range(40):
+                yield n
+
+        with memory_network(capacity=2000):
+            async with serving({"count": count}, "memory://", patience=10**6) as (_, remote), remote.count.stream() as stream:
+                await trio.sleep(100_000)
+                assert [item async for item in stream] == list(range(40))
+
+    async def test_the_clients_sends(self, serving: Any, autojump_clock: Any) -> None:
+        async def deaf(comm: Any) -> None:
+            await trio.sleep(5000)
+
+        client = {"limits": Limits(stream_stall=20)}
+        with memory_network(capacity=2000):
+            async with serving({"deaf": deaf}, "memory://", patience=10**6, client=client) as (_, remote):
+                async with remote.deaf.stream() as stream:
+                    start = trio.current_time()
+                    with pytest.raises(LimitExceeded, match=r"Limits\(stream_stall=...\)"):
+                        while True:
+                            await stream.send("item")
+                    assert trio.current_time() == start + 20
+                    with pytest.raises(CommClosedError):
+                        await stream.receive()

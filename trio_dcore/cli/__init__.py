@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from ._call import run_call, run_ping, run_stream
 from ._demo import run_demo
 from ._errors import CliError
+from ._security import add_security_options
 from ._serve import run_serve
 
 __all__ = ["main"]
@@ -69,16 +70,21 @@ def _parser() -> argparse.ArgumentParser:
         "--listen",
         metavar="ADDRESS",
         action="append",
-        help="where to listen, may be given several times (default: tcp://127.0.0.1:0, a free port)",
+        help="where to listen: tcp://, tls:// or unix://PATH; may be given several times "
+        "(default: tcp://127.0.0.1:0, a free port; tls:// if there are certificates)",
     )
     serve.add_argument(
         "--grace", metavar="SECONDS", type=_seconds, help="how long running handlers may go on (default: the server's own, 5)"
     )
+    add_security_options(serve)
     serve.set_defaults(run=run_serve)
 
     def caller(name: str, help: str, description: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=description)
-        sub.add_argument("address", metavar="ADDRESS", help="e.g. tcp://127.0.0.1:8786 or 127.0.0.1:8786")
+        sub.add_argument(
+            "address", metavar="ADDRESS", help="e.g. tcp://127.0.0.1:8786, 127.0.0.1:8786, tls://host:8786 or unix:///run/my.sock"
+        )
+        add_security_options(sub)
         return sub
 
     def with_call(sub: argparse.ArgumentParser) -> None:

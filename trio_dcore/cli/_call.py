@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from typing import Any
 
 import trio
@@ -11,6 +12,7 @@ import trio
 from .. import CommClosedError, coerce_to_address, rpc
 from ._errors import FAILED, USAGE, CliError, explained
 from ._output import OutputClosed, parse_arguments, print_line, to_json
+from ._security import security_of
 
 __all__ = ["run_call", "run_ping", "run_stream"]
 
@@ -31,13 +33,20 @@ def _connect_timeout(timeout: float) -> float:
     return min(_CONNECT, 0.9 * timeout)
 
 
+def _remote(args: argparse.Namespace) -> Callable[[], rpc]:
+    """What makes the client; whatever is wrong with the options shows now."""
+    security = security_of(args)
+    return lambda: rpc(coerce_to_address(args.address), security=security, timeout=_connect_timeout(args.timeout))
+
+
 def run_call(args: argparse.Namespace) -> int:
     """Call a handler and print what it returns."""
     arguments = _arguments(args)
+    connected = _remote(args)
 
     async def call() -> Any:
         with trio.fail_after(args.timeout):
-            async with rpc(coerce_to_address(args.address), timeout=_connect_timeout(args.timeout)) as remote:
+            async with connected() as remote:
                 return await remote[args.op](**arguments)
 
     with explained(show_traceback=args.traceback):
@@ -52,16 +61,13 @@ def run_call(args: argparse.Namespace) -> int:
 def run_stream(args: argparse.Namespace) -> int:
     """Print the items of a handler's stream as they come."""
     arguments = _arguments(args)
+    connected = _remote(args)
     count = math.inf if args.count is None else args.count
 
     async def stream() -> None:
         printed = 0
         with trio.fail_after(args.timeout):
-            address = coerce_to_address(args.address)
-            async with (
-                rpc(address, timeout=_connect_timeout(args.timeout)) as remote,
-                remote[args.op].stream(**arguments) as items,
-            ):
+            async with connected() as remote, remote[args.op].stream(**arguments) as items:
                 async for item in items:
                     try:
                         print_line(to_json(item))
@@ -79,10 +85,12 @@ def run_stream(args: argparse.Namespace) -> int:
 def run_ping(args: argparse.Namespace) -> int:
     """Show who a server is, and how long it takes to connect and to echo."""
 
+    connected = _remote(args)
+
     async def ping() -> None:
         address = coerce_to_address(args.address)
         with trio.fail_after(args.timeout):
-            async with rpc(address, timeout=_connect_timeout(args.timeout)) as remote:
+            async with connected() as remote:
                 began = trio.current_time()
                 identity = await remote.identity()
                 first = trio.current_time() - began

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 
 import trio
 
-from .. import Server
+from .. import Security, Server
 from ._errors import USAGE, CliError, explained, one_line
 from ._output import print_line
+from ._security import security_of
 
 __all__ = ["load_server", "run_serve"]
 
-_DEFAULT_ADDRESS = "tcp://127.0.0.1:0"
 _WHAT = "a dict of handlers, a Server, a Server class, or a function without arguments that makes one of these"
 
 
@@ -29,15 +29,24 @@ def run_serve(args: argparse.Namespace) -> int:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-    server = load_server(args.target)
+    security = security_of(args)
+    server = load_server(args.target, security)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with explained():
-        cut_by = trio.run(_serve, server, args.listen or [_DEFAULT_ADDRESS], args.grace)
+        cut_by = trio.run(_serve, server, args.listen or [_default_address(security)], args.grace)
     return 0 if cut_by is None else 128 + cut_by  # as shells say it
 
 
-def load_server(target: str) -> Server:
+def _default_address(security: Security | None) -> str:
+    return "tcp://127.0.0.1:0" if security is None or security.tls_cert is None else "tls://127.0.0.1:0"
+
+
+def load_server(target: str, security: Security | None = None) -> Server:
     """Make the server that ``MODULE:HANDLERS`` names.
+
+    Args:
+        target: where to find it.
+        security: for a dict of handlers; a server that the module makes itself has its own.
 
     Raises:
         CliError: the module can't be imported, has no such name, or what it names is nothing that can be served.
@@ -54,7 +63,7 @@ def load_server(target: str) -> Server:
             found = getattr(found, name)
         except AttributeError:
             raise CliError(f"module {module_name} has no {path!r}", USAGE) from None
-    return _as_server(target, found)
+    return _as_server(target, found, security)
 
 
 def _import(name: str) -> object:
@@ -68,7 +77,7 @@ def _import(name: str) -> object:
         raise CliError(_where(f"importing {name} failed", exc), USAGE) from exc
 
 
-def _as_server(target: str, found: object) -> Server:
+def _as_server(target: str, found: object, security: Security | None) -> Server:
     if callable(found) and not isinstance(found, (Server, Mapping)):
         if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found):
             raise CliError(f"{target} is an async function; {_WHAT} is needed", USAGE)
@@ -77,10 +86,12 @@ def _as_server(target: str, found: object) -> Server:
         except Exception as exc:
             raise CliError(_where(f"calling {target}() failed", exc), USAGE) from exc
     if isinstance(found, Server):
+        if security is not None:
+            raise CliError(f"{target} is a Server with a Security of its own; set it there, or name a dict of handlers", USAGE)
         return found
     if isinstance(found, Mapping):
         try:
-            return Server(dict(found))
+            return Server(dict(found), security=security)
         except (TypeError, ValueError) as exc:
             raise CliError(f"{target} can't be served: {exc}", USAGE) from exc
     raise CliError(f"{target} is {one_line(repr(found))[:100]}; {_WHAT} is needed", USAGE)

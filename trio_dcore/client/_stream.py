@@ -136,6 +136,7 @@ class RemoteStream:
 
         Raises:
             CommClosedError: the handler takes no more, or the connection ended.
+            LimitExceeded: the server has taken nothing for ``Limits.stream_stall``; the connection was closed.
             LocalProtocolError: the server is a stock Dask server, which has no such thing; or after :meth:`send_eof`.
         """
         source = self._opened()

@@ -1,4 +1,4 @@
-"""Comms: messages over TCP or inside one process, and how they are made.
+"""Comms: messages over TCP, over TLS, over unix sockets or inside one process, and how they are made.
 
 The only layer that opens sockets.  :func:`connect` makes comms, :func:`register_transport` adds schemes.
 """
@@ -22,6 +22,7 @@ from ._addressing import (
     uri_from_host_port,
 )
 from ._base import BaseComm
+from ._batched import BatchedSend
 from ._comm import FramedComm
 from ._connect import check_encryption, connect, connect_with
 from ._hangup import HangupWatcher
@@ -30,9 +31,12 @@ from ._pumps import Pump, SocketPump, StreamPump
 from ._registry import get_transport, register_transport
 from ._substream import Substream, SubstreamComm
 from ._tcp import TCPTransport
+from ._tls import TLSTransport
+from ._unix import UnixTransport
 
 __all__ = [
     "BaseComm",
+    "BatchedSend",
     "Comm",
     "CommSettings",
     "FramedComm",
@@ -67,4 +71,6 @@ __all__ = [
 ]
 
 register_transport(TCPTransport())
+register_transport(UnixTransport())
+register_transport(TLSTransport())
 register_transport(InprocTransport())

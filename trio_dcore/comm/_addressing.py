@@ -337,7 +337,7 @@ def address_from_user_args(
     'tls://10.0.0.5:8786'
 
     Args:
-        host: host, ``host:port`` or an address.
+        host: host, ``host:port`` or an address; one that has no host and port, such as ``unix:///run/my.sock``, stands alone.
         port: port, a number or its digits.
         interface: network interface whose IPv4 address to use in place of a host (Linux).
         protocol: scheme, with or without ``://``.
@@ -351,10 +351,16 @@ def address_from_user_args(
     Raises:
         AddressError: malformed, or the arguments contradict each other.
     """
-    if security is not None and security.require_encryption and not protocol:
-        protocol = "tls"
     if protocol:
         protocol = protocol.removesuffix("://")
+    if host and "://" in host:
+        scheme = parse_address(host)[0]
+        if _is_known(scheme) and not _has_host_port(scheme):
+            if port is not None or interface or protocol not in (None, "", scheme):
+                raise AddressError(f"{host!r} goes with neither port nor interface nor another protocol")
+            return host
+    if security is not None and security.require_encryption and not protocol:
+        protocol = "tls"
     if protocol == "inproc":
         if host or port or interface:
             raise AddressError("protocol 'inproc' goes with neither host nor port nor interface")

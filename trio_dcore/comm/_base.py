@@ -26,6 +26,9 @@ class BaseComm(Comm):
     Attributes:
         extension: what the peer's handshake said of the wire extension; None for a stock Dask peer.
         settings: what the comm was made with.
+        serving: the comm is a server's: what its handlers write is bounded by ``Limits.stream_stall``, and all else by
+            ``write_stall``.  What a client writes may wait for ever.
+        fault: in what way the peer went over a limit or broke the protocol, so that the comm was closed; else empty.
         after_read: called, if not None, when a task has stopped reading the comm.
         last_id: of the last opted-in request that was made on the comm; ids grow.
         bytes_written, messages_read, messages_written: counters.
@@ -38,9 +41,11 @@ class BaseComm(Comm):
         "after_read",
         "bytes_written",
         "extension",
+        "fault",
         "last_id",
         "messages_read",
         "messages_written",
+        "serving",
         "settings",
     )
 
@@ -54,6 +59,8 @@ class BaseComm(Comm):
         self.settings = settings
         self.extension = None
         self.last_id = 0
+        self.serving = False
+        self.fault = ""
         self.after_read: Callable[[], None] | None = None
         self.bytes_written = self.messages_read = self.messages_written = 0
 
@@ -75,6 +82,11 @@ class BaseComm(Comm):
         return 0
 
     @property
+    @abstractmethod
+    def heard(self) -> bool:
+        """Whether anything at all has come from the peer, be it only the end.  Not a checkpoint."""
+
+    @property
     def last_message_size(self) -> int:
         """Bytes of the message that was read last, as its sender counted them; 0 where there are none."""
         return 0
@@ -82,6 +94,12 @@ class BaseComm(Comm):
     def allows_pickle(self) -> bool:
         """Whether a pickle may come from, or go to, the peer.  May do I/O the first time."""
         return self.settings.security.allows_pickle(self._peer)
+
+    def why_no_pickle(self) -> str:
+        """Why not, for an error's text."""
+        if self.settings.security.pickle == "never":
+            return "Security(pickle='never') is set"
+        return f"why the peer is not trusted: {self._peer.reason}"
 
     @abstractmethod
     async def handshake(self) -> None:
@@ -108,10 +126,18 @@ class BaseComm(Comm):
         """
 
     @abstractmethod
-    async def finish(self, unsent: Unsent) -> None:
-        """Send the rest of a message, or let other tasks run where that is due."""
+    async def finish(self, unsent: Unsent, stall: str = "") -> None:
+        """Send the rest of a message, or let other tasks run where that is due.
 
-    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
+        Args:
+            unsent: what :meth:`start` has left.
+            stall: the field of :class:`Limits` that says for how long the peer may take nothing; empty is for ever.
+
+        Raises:
+            LimitExceeded: it has taken nothing for that time; the comm was closed.
+        """
+
+    async def put(self, message: Any, serializers: Sequence[str] | None = None, stall: str = "") -> int:
         """:meth:`start` and, where needed, :meth:`finish`; returns the size of the message in bytes.
 
         Delivers cancellation only where it waits; the caller sees to it otherwise.
@@ -120,7 +146,7 @@ class BaseComm(Comm):
         unsent = self.start(message, serializers)
         if unsent is None:
             return self.bytes_written - before
-        await self.finish(unsent)
+        await self.finish(unsent, stall)
         return unsent[1]
 
     @abstractmethod
@@ -141,6 +167,10 @@ class BaseComm(Comm):
         It goes behind the message that is being written, if any, and before all later ones.  Not a checkpoint.  Raises as
         :meth:`write` does.
         """
+
+    @abstractmethod
+    def give_up(self, error: Exception) -> None:
+        """Close at once because of ``error``, which is the peer's doing and is noted as ``fault``.  Not a checkpoint."""
 
     @abstractmethod
     def stale(self) -> bool:

@@ -33,6 +33,7 @@ from ..protocol._handshake import local_handshake, negotiate
 from ..protocol._limits import KiB
 from ..protocol._messages import Decoder, Encoder
 from ._base import BaseComm, Unsent
+from ._pace import acquire_within, stalled
 from ._pumps import MESSAGE_WEIGHT, YIELD_BYTES, Pump
 from ._watch import EndWatch
 
@@ -66,6 +67,7 @@ class FramedComm(BaseComm):
     def __init__(self, pump: Pump, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
         super().__init__(local_address=local_address, peer=peer, settings=settings)
         self._pump = pump
+        pump.progress = settings.limits.progress_timeout, settings.limits.progress_rate
         self._parser = FrameParser(settings.limits, self._is_trusted, first=HANDSHAKE)
         # Until the handshake is done: plain data only.
         self._encoder = _HANDSHAKE_ENCODER
@@ -83,6 +85,10 @@ class FramedComm(BaseComm):
     @property
     def bytes_read(self) -> int:
         return self._parser.total
+
+    @property
+    def heard(self) -> bool:
+        return self._parser.total > 0 or (not self._closed and self._pump.heard)
 
     @property
     def last_message_size(self) -> int:
@@ -108,6 +114,7 @@ class FramedComm(BaseComm):
         settings = self.settings
         return DecodeContext(
             allow_pickle=self.allows_pickle,
+            why=self.why_no_pickle,
             deserializers=settings.deserializers,
             deserialize=settings.deserialize,
             enum_modules=settings.security.enum_modules,
@@ -120,11 +127,17 @@ class FramedComm(BaseComm):
     async def handshake(self) -> None:
         limits = self.settings.limits
         local = local_handshake(compression=None, window=(limits.window, limits.window_bytes), pooled=self.settings.pooled)
-        # Each side writes first and then reads (wire document, section 3); neither waits for the other.
-        await self._transmit(_HANDSHAKE_ENCODER.encode(local))
+        # Either order will do (wire document, section 3).  A server reads first: so the peer still waits for an answer when it is asked
+        # who it is, before it can have sent all that it wanted and left; and who says nothing costs next to nothing.
+        if not self.serving:
+            await self._transmit(_HANDSHAKE_ENCODER.encode(local), "write_stall")
         found = await self.next_head()
         if found is None:
             raise CommClosedError(f"{self.peer_address} closed the comm during the handshake")
+        # A client asks who it is now: before, the server may not have accepted yet, and later it may have left.
+        _ = self._peer.trusted
+        if self.serving:
+            await self._transmit(_HANDSHAKE_ENCODER.encode(local), "write_stall")
         try:
             # Phase one only: a payload in a handshake is never touched, whoever sent it.
             negotiated = negotiate(local, found[0])
@@ -138,6 +151,7 @@ class FramedComm(BaseComm):
         self._encoder = Encoder(
             EncodeContext(
                 allow_pickle=self.allows_pickle,
+                why=self.why_no_pickle,
                 pickle_protocol=negotiated.pickle_protocol,
                 compression=negotiated.compression,
                 serializers=self.settings.serializers,
@@ -190,6 +204,7 @@ class FramedComm(BaseComm):
                 pump.unwaited = 0
                 await cancel_shielded_checkpoint()
         except (RemoteProtocolError, LimitExceeded) as error:
+            self.fault = self.fault or str(error)
             self._doom(f"what came from {self.peer_address} is not acceptable: {error}")
             raise
         except trio.ClosedResourceError:
@@ -260,23 +275,26 @@ class FramedComm(BaseComm):
     async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
         await checkpoint_if_cancelled()
         try:
-            return await self._transmit(self._encode(message, on_error or "message", serializers))
+            return await self._transmit(self._encode(message, on_error or "message", serializers), self._own_stall())
         except trio.ClosedResourceError as error:
             raise CommClosedError(str(error)) from error
 
     async def send(self, value: Any) -> None:
         await checkpoint_if_cancelled()
-        await self._transmit(self._encode(value, "message", None))
+        await self._transmit(self._encode(value, "message", None), self._own_stall())
+
+    def _own_stall(self) -> str:
+        return "stream_stall" if self.serving else ""
 
     def start(self, message: Any, serializers: Sequence[str] | None = None, on_error: str | None = None) -> Unsent | None:
         if serializers is None and on_error is None:
             return self._start(self._encoder.encode(message))
         return self._start(self._encode(message, on_error or "raise", serializers))
 
-    async def finish(self, unsent: Unsent) -> None:
+    async def finish(self, unsent: Unsent, stall: str = "") -> None:
         buffers, size, sent = unsent
         if sent < size:
-            await self._transmit_slowly(buffers, sent)
+            await self._transmit_slowly(buffers, sent, stall)
             self.messages_written += 1
             self.bytes_written += size
             self._pump.unwaited += MESSAGE_WEIGHT + size
@@ -318,23 +336,30 @@ class FramedComm(BaseComm):
         buffers = join_small(pack_prelude(frames), frames)
         return buffers, sum(map(len, buffers)), 0
 
-    async def _transmit(self, frames: list[Buffer]) -> int:
+    async def _transmit(self, frames: list[Buffer], stall: str = "") -> int:
         before = self.bytes_written
         unsent = self._start(frames)
         if unsent is None:
             return self.bytes_written - before
-        await self.finish(unsent)
+        await self.finish(unsent, stall)
         return unsent[1]
 
-    async def _transmit_slowly(self, buffers: list[Buffer], sent: int) -> None:
+    async def _transmit_slowly(self, buffers: list[Buffer], sent: int, stall: str) -> None:
         """Send the rest of a message in turn: behind the messages of those who came before, and behind what is owed."""
+        seconds: float | None = getattr(self.settings.limits, stall) if stall else None
         lock = self._send_lock
         if lock is None:
             lock = self._send_lock = trio.StrictFIFOLock()
-        if lock.locked():
-            await lock.acquire()
-        else:
+        if not lock.locked():
             lock.acquire_nowait()
+        elif seconds is not None and stall == "write_stall":
+            # A reply behind what a task that its handler has left behind writes, which may wait for ever.
+            try:
+                await acquire_within(lock, seconds, self._passed)
+            except trio.TooSlowError:
+                raise self._stalled(stall, seconds) from None
+        else:
+            await lock.acquire()
         self._sending = True
         try:
             if self._closed or self._broken:
@@ -344,13 +369,15 @@ class FramedComm(BaseComm):
             pump = self._pump
             try:
                 if owed or buffers:
-                    await pump.send(owed + buffers, sent)
+                    await pump.send(owed + buffers, sent, seconds)
             except trio.ClosedResourceError:
                 self.abort()
                 raise self._closed_error() from None
             except (OSError, trio.BrokenResourceError) as error:
                 raise self._write_failed(error, nothing_sent=not pump.partial) from error
-            except BaseException:
+            except BaseException as error:
+                if seconds is not None and isinstance(error, trio.TooSlowError):
+                    raise self._stalled(stall, seconds) from None
                 if pump.partial:
                     self._doom("a write was interrupted in the middle of a message")
                 else:
@@ -361,6 +388,14 @@ class FramedComm(BaseComm):
             self._sending = lock.locked() or bool(self._broken)
             if self._owed and not self._sending and not self._closed:
                 self._send_owed_later()
+
+    def _passed(self) -> int:
+        return self._pump.taken
+
+    def _stalled(self, field: str, seconds: float) -> LimitExceeded:
+        error = stalled(self.peer_address, field, seconds)
+        self.give_up(error)
+        return error
 
     def write_nowait(self, message: Any) -> bool:
         if self._closed or self._broken:
@@ -402,7 +437,7 @@ class FramedComm(BaseComm):
     async def _send_owed(self) -> None:
         try:
             if self._owed:
-                await self._transmit_slowly([], 0)
+                await self._transmit_slowly([], 0, "write_stall" if self.serving else "stream_stall")
         except (CommClosedError, trio.ClosedResourceError):
             pass  # it isn't owed any more
         except Exception as error:
@@ -425,6 +460,10 @@ class FramedComm(BaseComm):
         self._owed.clear()
         self._pump.abort()
 
+    def give_up(self, error: Exception) -> None:
+        self.fault = self.fault or str(error)
+        self._doom(str(error))
+
     def _closed_error(self, *, nothing_sent: bool = False) -> Exception:
         why = self._closed or self._broken
         if why in ("", _CLOSED_HERE):
@@ -441,7 +480,7 @@ class FramedComm(BaseComm):
             # Messages are on their way, or wait for their turn: let them out, for a while.
             try:
                 with trio.move_on_after(self.settings.limits.linger):
-                    await self._transmit_slowly([], 0)
+                    await self._transmit_slowly([], 0, "")
             except (CommClosedError, trio.ClosedResourceError):
                 pass
             except BaseException:

@@ -8,6 +8,7 @@ Back-pressure is a count of messages.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,7 @@ from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_
 from ..abc import CommSettings, Listener, Peer, Transport
 from ..errors import AddressError, CommClosedError, SerializationError, UnsafePayload
 from ..protocol._buffers import nbytes
+from ..protocol._collisions import Keys
 from ..protocol._compression import Budget
 from ..protocol._context import Buffer, DecodeContext
 from ..protocol._envelope import GOODBYE
@@ -27,6 +29,7 @@ from ..protocol._handshake import FEATURES, Extension
 from ..protocol._markers import at, find_path
 from ..protocol._types import Pickled, Serialize, Serialized, ToPickle
 from ._base import BaseComm, Unsent
+from ._pace import acquire_within, stalled
 
 __all__ = ["InprocComm", "InprocTransport", "new_location"]
 
@@ -110,6 +113,10 @@ class InprocComm(BaseComm):
         if callback is not None and self._peer_closed:
             callback()
 
+    @property
+    def heard(self) -> bool:
+        return self._other._shaken or self._peer_closed
+
     async def handshake(self) -> None:
         # There is nothing to tell, but somebody must be there: a comm that is never accepted is no connection.
         self._shaken = True
@@ -155,10 +162,11 @@ class InprocComm(BaseComm):
             lambda: self.settings.limits.message_trusted,
             sum(nbytes(frame) for wrapper in found if isinstance(wrapper, (Serialized, Pickled)) for frame in wrapper.frames),
         )
+        keys = Keys()
         new: dict[int, Any] = {}
         for wrapper in found:
             try:
-                new[id(wrapper)] = self._payload(wrapper, budget, deserializers)
+                new[id(wrapper)] = self._payload(wrapper, budget, keys, deserializers)
             except UnsafePayload as error:
                 path = _path(message, wrapper) + error.field
                 raise UnsafePayload(at(path, f"{error}; see Security(pickle=...)"), field=path) from error
@@ -178,13 +186,16 @@ class InprocComm(BaseComm):
     async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
         await checkpoint_if_cancelled()
         try:
-            return await self.put(message)
+            return await self.put(message, stall=self._own_stall())
         except trio.ClosedResourceError as error:
             raise CommClosedError(str(error)) from error
 
     async def send(self, value: Any) -> None:
         await checkpoint_if_cancelled()
-        await self.put(value)
+        await self.put(value, stall=self._own_stall())
+
+    def _own_stall(self) -> str:
+        return "stream_stall" if self.serving else ""
 
     def start(self, message: Any, serializers: Sequence[str] | None = None, on_error: str | None = None) -> Unsent | None:
         if not self.write_nowait(message):
@@ -192,23 +203,43 @@ class InprocComm(BaseComm):
         self._unwaited += 1
         return None if self._unwaited < _YIELD_MESSAGES else ([], 1, 1)
 
-    async def finish(self, unsent: Unsent) -> None:
+    async def finish(self, unsent: Unsent, stall: str = "") -> None:
         (messages, _, _) = unsent
         if messages:
-            if self._turn is None:
-                self._turn = trio.StrictFIFOLock()
-            async with self._turn:
-                while True:
-                    self._check_writable()
-                    if len(self._other._inbox) < _CAPACITY:
-                        break
-                    self._unwaited = 0
-                    await self._wake_writer.park()
-                self._pass_on(messages[0])
+            seconds: float | None = getattr(self.settings.limits, stall) if stall else None
+            try:
+                await self._pass_on_in_turn(messages[0], math.inf if seconds is None else seconds, stall)
+            except trio.TooSlowError:
+                error = stalled(self.peer_address, stall, seconds or 0)
+                self.give_up(error)
+                raise error from None
         await self._yield_sometimes()
 
-    async def put(self, message: Any, serializers: Sequence[str] | None = None) -> int:
-        await super().put(message, serializers)
+    async def _pass_on_in_turn(self, message: Any, seconds: float, stall: str) -> None:
+        if self._turn is None:
+            self._turn = trio.StrictFIFOLock()
+        turn = self._turn
+        if stall == "write_stall":  # see FramedComm
+            await acquire_within(turn, seconds, self._passed)
+        else:
+            await turn.acquire()
+        try:
+            while True:
+                self._check_writable()
+                if len(self._other._inbox) < _CAPACITY:
+                    break
+                self._unwaited = 0
+                with trio.fail_after(seconds):  # one message was taken whenever this is over
+                    await self._wake_writer.park()
+            self._pass_on(message)
+        finally:
+            turn.release()
+
+    def _passed(self) -> int:
+        return self._other.messages_read
+
+    async def put(self, message: Any, serializers: Sequence[str] | None = None, stall: str = "") -> int:
+        await super().put(message, serializers, stall)
         return 1  # as Dask: there are no bytes to count
 
     def write_nowait(self, message: Any) -> bool:
@@ -242,7 +273,7 @@ class InprocComm(BaseComm):
             self._unwaited = 0
             await cancel_shielded_checkpoint()
 
-    def _payload(self, wrapper: Any, budget: Budget, deserializers: Sequence[str] | None) -> Any:
+    def _payload(self, wrapper: Any, budget: Budget, keys: Keys, deserializers: Sequence[str] | None) -> Any:
         """What is in a wrapper that doesn't stay."""
         kind = type(wrapper)
         if kind is ToPickle or kind is Serialize:
@@ -255,7 +286,13 @@ class InprocComm(BaseComm):
             max_message=lambda: settings.limits.message_trusted,
             max_head=lambda: settings.limits.head_trusted,
         )
-        return (unpickle_parts if kind is Pickled else deserialize)(wrapper.header, wrapper.frames, context, budget=budget)
+        if kind is Pickled:
+            return unpickle_parts(wrapper.header, wrapper.frames, context, budget=budget)
+        return deserialize(wrapper.header, wrapper.frames, context, budget=budget, keys=keys)
+
+    def give_up(self, error: Exception) -> None:
+        self.fault = self.fault or str(error)
+        self.abort()
 
     def abort(self) -> None:
         if self._closed:

@@ -20,6 +20,7 @@ from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writab
 from ..protocol._context import Buffer
 from ..protocol._frames import FrameParser
 from ..protocol._limits import KiB, MiB
+from ._pace import pull_rest, writable_within
 
 _log = logging.getLogger("trio_dcore.comm")
 
@@ -39,6 +40,9 @@ _MOST_AT_ONCE = 4 * MiB
 # Reads of what came unread before a close; a peer that goes on sending gets its reset.
 _DISCARDS = 16
 _MOST_BUFFERS = 256  # below every system's IOV_MAX; of less than _MOST_AT_ONCE each, so that no system's int overflows
+# A stream that isn't a socket gets pieces of this size: one that takes none of them for the time of a stall is stalled.  It is a record
+# of TLS, and at the default of 60 s a quarter of the rate that is asked of senders.
+_PIECE = 16 * KiB
 _VECTORS = hasattr(socket.socket, "sendmsg")  # Windows has none
 
 
@@ -49,20 +53,32 @@ class Pump(ABC):
         unwaited: bytes read and written since this pump last waited, and so let other tasks run, with ``MESSAGE_WEIGHT`` for each
             message; the pump counts what it reads, the comm the rest.
         partial: whether the last :meth:`send` got part of its bytes out before it failed.
+        progress: ``Limits.progress_timeout`` and ``progress_rate``, which :meth:`pull` sees to inside a message.  Without the first
+            there is no second.
+        taken: bytes that :meth:`send` got out since the start; for those who wait behind it.
     """
 
-    __slots__ = ("partial", "unwaited")
+    __slots__ = ("partial", "progress", "taken", "unwaited")
 
     def __init__(self) -> None:
         self.unwaited = 0
         self.partial = False
+        self.progress: tuple[float | None, float | None] = None, None
+        self.taken = 0
 
     async def pull(self, parser: FrameParser) -> list[Buffer] | None:
         """Wait for a whole message and return its frames; None at the end of the stream.
 
         Cancellation: nothing is lost; what had come is in the parser.
+
+        Raises:
+            LimitExceeded: part of it has come, and the rest comes more slowly than ``progress`` says.
         """
         while (frames := parser.next_message()) is None:
+            if parser.mid_message:
+                timeout, rate = self.progress
+                if timeout is not None:
+                    return await pull_rest(self.fill, parser, timeout, rate)
             if not await self.fill(parser):
                 return None
         return frames
@@ -79,15 +95,28 @@ class Pump(ABC):
         """Send what can be sent without waiting and return its size, maybe 0.  Not a checkpoint."""
 
     @abstractmethod
-    async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
+    async def send(self, buffers: Sequence[Buffer], skip: int, stall: float | None = None) -> None:
         """Send the buffers but for the first ``skip`` bytes of the first of them.
 
+        Args:
+            buffers: what to send.
+            skip: bytes that have been sent already.
+            stall: seconds for which the peer may take nothing; None is for ever.
+
         Cancellation: some bytes may have gone (see ``partial``), and then the stream is of no use any more.
+
+        Raises:
+            trio.TooSlowError: nothing was taken for that time; likewise.
         """
 
     @abstractmethod
     def readable(self) -> bool:
         """Whether bytes or the end of the stream could be read now, as far as that can be told without waiting."""
+
+    @property
+    def heard(self) -> bool:
+        """Whether anything has come that no parser was given yet, the end of the stream included."""
+        return self.readable()
 
     @abstractmethod
     def fill_nowait(self, parser: FrameParser) -> bool:
@@ -151,6 +180,13 @@ class SocketPump(Pump):
             frames = parser.receive(data)
             if frames is not None or not data:
                 return frames
+            if self._size == _LARGE_READ and parser.want() is None:
+                # The rest of a message of some size is here, nearly always: then there is nothing to put a scope round.
+                before = parser.total
+                self.fill_nowait(parser)
+                size = parser.total - before
+                self._size = _LARGE_READ if size == _LARGE_READ else _SMALL_READ
+                self.unwaited += size
             return await super().pull(parser)
 
     async def fill(self, parser: FrameParser) -> bool:
@@ -182,7 +218,7 @@ class SocketPump(Pump):
         except BlockingIOError:
             return 0
 
-    async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
+    async def send(self, buffers: Sequence[Buffer], skip: int, stall: float | None = None) -> None:
         views = [memoryview(buffer) for buffer in buffers]
         views[0] = views[0][skip:]
         first = 0
@@ -196,9 +232,13 @@ class SocketPump(Pump):
                     sent = self.socket.sendmsg(views[first : first + _MOST_BUFFERS])
             except BlockingIOError:
                 since_wait = self.unwaited = 0
-                await wait_writable(self.socket)
+                if stall is None:
+                    await wait_writable(self.socket)
+                else:
+                    await writable_within(self.socket, stall)
                 continue
             self.partial = True
+            self.taken += sent
             since_wait += sent
             while first < len(views) and sent >= len(views[first]):
                 sent -= len(views[first])
@@ -304,11 +344,19 @@ class StreamPump(Pump):
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionError(str(error)) from error
 
-    async def send(self, buffers: Sequence[Buffer], skip: int) -> None:
+    async def send(self, buffers: Sequence[Buffer], skip: int, stall: float | None = None) -> None:
         self.unwaited = 0
         self.partial = True  # a trio stream doesn't say how much of an interrupted send_all has gone
         for buffer in buffers:
-            await self.stream.send_all(memoryview(buffer)[skip:])
+            view = memoryview(buffer)
+            for start in range(skip, len(view), _PIECE):
+                piece = view[start : start + _PIECE]
+                if stall is None:
+                    await self.stream.send_all(piece)
+                else:
+                    with trio.fail_after(stall):
+                        await self.stream.send_all(piece)
+                self.taken += len(piece)
             skip = 0
 
     def fileno(self) -> int | None:

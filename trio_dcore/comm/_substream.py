@@ -8,6 +8,7 @@ traffic that the windows allow would stop for ever when both directions are full
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from ..protocol._envelope import (
     parse_envelope,
 )
 from ._base import BaseComm, Unsent
+from ._pace import stalled
 
 __all__ = ["Substream", "SubstreamComm"]
 
@@ -196,24 +198,23 @@ class Substream:
 
         Raises:
             CommClosedError: the peer takes no more, or the comm ended.
+            LimitExceeded: the peer has taken nothing, or given no credit, for ``Limits.stream_stall``; the comm was closed.
             SerializationError, UnsafePayload: the item can't be sent; the stream is as it was.
         """
         await checkpoint_if_cancelled()
         await self._begin_sending()
         try:
-            while True:
-                if self._deaf:
-                    raise CommClosedError("the other side has ended the stream and takes no more items") from self._failure
-                if self._credit_items > 0 and self._credit_size > 0:
-                    break
-                await self._read_one()
+            if not self._has_credit:
+                await self._wait_for_credit()
+            if self._deaf:
+                raise CommClosedError("the other side has ended the stream and takes no more items") from self._failure
             self._credit_items -= 1
             comm = self._comm
             before = comm.bytes_written
             try:
                 unsent = comm.start((ITEM, self.id, value), serializers, on_error)
                 if unsent is not None:
-                    await self._finish(unsent)
+                    await self._finish(unsent, "stream_stall")
             except BaseException:
                 self._credit_items += 1
                 raise
@@ -227,6 +228,28 @@ class Substream:
         self.items_sent += 1
         return size
 
+    @property
+    def _has_credit(self) -> bool:
+        return self._credit_items > 0 and self._credit_size > 0
+
+    async def _wait_for_credit(self) -> None:
+        """Wait until there is enough, or no use for it; any credit is progress, and nothing else that comes."""
+        seconds = self._comm.settings.limits.stream_stall
+        due = math.inf if seconds is None else trio.current_time() + seconds
+        while not (self._has_credit or self._deaf):
+            if seconds is None:
+                await self._read_one()
+                continue
+            before = self._credit_items, self._credit_size
+            with trio.CancelScope(deadline=due) as scope:
+                await self._read_one()
+            if scope.cancelled_caught:
+                error = stalled(self._comm.peer_address, "stream_stall", seconds)
+                self._comm.give_up(error)
+                raise error
+            if before != (self._credit_items, self._credit_size):
+                due = trio.current_time() + seconds
+
     async def send_end(self) -> None:
         """Say that nothing more comes from this side, behind the items that are being sent."""
         await checkpoint_if_cancelled()
@@ -235,19 +258,19 @@ class Substream:
             unsent = self._comm.start((END, self.id, None))
             if unsent is not None and self._half_close:
                 # A server's is the final word: what comes behind it belongs to the next request, and is not for us to read.
-                await self._comm.finish(unsent)
+                await self._comm.finish(unsent, "write_stall")
             elif unsent is not None:
-                await self._finish(unsent)
+                await self._finish(unsent, "stream_stall")
         finally:
             self._end_sending()
 
-    async def _finish(self, unsent: Unsent) -> None:
+    async def _finish(self, unsent: Unsent, stall: str) -> None:
         """Send the rest of a message, and read until it is sent."""
         _, size, sent = unsent
         if sent == size or self._deaf:  # then it is for the peer to read
-            await self._comm.finish(unsent)
+            await self._comm.finish(unsent, stall)
         else:
-            await _while_reading(lambda: self._comm.finish(unsent), self._read_ahead)
+            await _while_reading(lambda: self._comm.finish(unsent, stall), self._read_ahead)
 
     async def _read_ahead(self) -> None:
         while not self._deaf:  # behind that may stand what belongs to another request

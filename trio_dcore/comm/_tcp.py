@@ -7,47 +7,27 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import trio
-from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, wait_readable, wait_writable
+from trio.lowlevel import wait_writable
 
 from ..abc import CommSettings, Listener, Peer, Transport
 from ..errors import AddressError
 from ..protocol._limits import Limits
 from ._addressing import parse_host_port, unparse_host_port
 from ._comm import FramedComm
+from ._credentials import loopback_verdict
 from ._hosts import get_ip, get_ipv6
+from ._listener import BACKLOG, SocketListener
 from ._pumps import SocketPump
 
 __all__ = ["TCPTransport"]
 
-# distributed.comm.socket-backlog
-_BACKLOG = 2048
 # Tries to find one port that is free on all of a name's addresses (as many as Dask's listener makes).
 _PORT_TRIES = 5
-# Connections accepted in a row before other tasks get their turn.
-_ACCEPT_RUN = 16
 # An interface's number is a C unsigned int.
 _LARGEST_ZONE = 2**32 - 1
-# accept() reports errors of a connection that died in the queue as its own; the next one may be fine (man 2 accept).
-_DEAD_ON_ARRIVAL = {
-    getattr(errno, name)
-    for name in (
-        "ECONNABORTED",
-        "EPERM",
-        "EPROTO",
-        "ENETDOWN",
-        "ENOPROTOOPT",
-        "EHOSTDOWN",
-        "ENONET",
-        "EHOSTUNREACH",
-        "EOPNOTSUPP",
-        "ENETUNREACH",
-        "ENOTCONN",  # the peer was gone before its address was asked for
-        "EINVAL",  # likewise, on macOS, for its options
-    )
-    if hasattr(errno, name)
-}
 
 
 class TCPTransport(Transport):
@@ -132,7 +112,7 @@ def make_comm(sock: socket.socket, settings: CommSettings) -> FramedComm:
         peer = Peer(
             socket_address(remote),
             "loopback" if loopback else "tcp",
-            verify=lambda: _verdict(loopback, settings.security.trust_loopback),
+            verify=partial(_verdict, sock, loopback, settings.security.trust_loopback),
         )
         return FramedComm(SocketPump(sock), local_address=socket_address(local), peer=peer, settings=settings)
     except BaseException:
@@ -140,17 +120,17 @@ def make_comm(sock: socket.socket, settings: CommSettings) -> FramedComm:
         raise
 
 
-def _verdict(loopback: bool, trust_loopback: bool) -> tuple[bool, str]:
+def _verdict(sock: socket.socket, loopback: bool, trust_loopback: bool) -> tuple[bool, str]:
     if not loopback:
-        return False, "it is on another machine, and tcp:// tells nothing about who it is"
+        return False, "it is not on this machine's loopback interface, and tcp:// tells nothing about who it is"
     if not trust_loopback:
-        return False, "Security(trust_loopback=False)"
-    return True, "it is on this machine's loopback interface"
+        return False, "Security(trust_loopback=False) is set"
+    return loopback_verdict(sock)
 
 
-def socket_address(sockname: tuple[str, int, int, int] | tuple[str, int]) -> str:
+def socket_address(sockname: tuple[str, int, int, int] | tuple[str, int], scheme: str = "tcp") -> str:
     """``tcp://host:port`` of what getsockname() returned."""
-    return f"tcp://{unparse_host_port(sockname[0], sockname[1])}"
+    return f"{scheme}://{unparse_host_port(sockname[0], sockname[1])}"
 
 
 def is_loopback(host: str) -> bool:
@@ -221,7 +201,7 @@ def _bind_all(addresses: Sequence[tuple[int, tuple[object, ...]]], port: int) ->
                     sockets.pop().close()
                     continue
                 raise
-            sock.listen(_BACKLOG)
+            sock.listen(BACKLOG)
         if not sockets:
             raise OSError(errno.EADDRNOTAVAIL, "none of the host's addresses is available here")
     except BaseException:
@@ -231,45 +211,25 @@ def _bind_all(addresses: Sequence[tuple[int, tuple[object, ...]]], port: int) ->
     return sockets
 
 
-class TCPListener(Listener):
-    """Accepts on one bound socket, which it owns."""
+class TCPListener(SocketListener):
+    """Accepts on one bound TCP socket, which it owns."""
+
+    scheme = "tcp"
 
     def __init__(self, sock: socket.socket, settings: CommSettings) -> None:
-        self._socket = sock
-        self._settings = settings
+        super().__init__(sock, settings)
         self._name = sock.getsockname()
-        self._accepted = 0
 
     @property
     def listen_address(self) -> str:
-        return socket_address(self._name)
+        return socket_address(self._name, self.scheme)
 
     @property
     def contact_address(self) -> str:
         host, port = self._name[:2]
         if ipaddress.ip_address(host.partition("%")[0]).is_unspecified:
             host = get_ip() if self._socket.family == socket.AF_INET else get_ipv6()
-        return f"tcp://{unparse_host_port(host, port)}"
+        return socket_address((host, port), self.scheme)
 
-    async def accept(self) -> FramedComm:
-        await checkpoint_if_cancelled()
-        while True:
-            if self._accepted >= _ACCEPT_RUN:
-                self._accepted = 0
-                await cancel_shielded_checkpoint()
-            if self._socket.fileno() == -1:
-                raise trio.ClosedResourceError("this listener was closed")
-            self._accepted += 1
-            try:
-                return make_comm(self._socket.accept()[0], self._settings)
-            except BlockingIOError:
-                self._accepted = 0
-                await wait_readable(self._socket)
-            except OSError as error:
-                if error.errno not in _DEAD_ON_ARRIVAL:
-                    raise
-
-    def close(self) -> None:
-        if self._socket.fileno() != -1:
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
+    def _make_comm(self, sock: socket.socket) -> FramedComm:
+        return make_comm(sock, self._settings)

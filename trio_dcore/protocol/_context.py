@@ -20,12 +20,17 @@ def _always() -> bool:
     return True
 
 
+def _unsaid() -> str:
+    return ""
+
+
 @dataclass(slots=True, kw_only=True)
 class EncodeContext:
     """How to encode towards one peer.
 
     Args:
         allow_pickle: asked (once per payload, lazily) whether a pickle may be sent to this peer.
+        why: asked, for errors, why it may not.
         pickle_protocol: the negotiated protocol: for the pickle *family* and numpy object/void dtypes only.
         compression: codec name for payload frames, or None.
         serializers: families to try for ``Serialize`` payloads, in order; None means Dask's default ``("dask", "pickle")``.
@@ -38,6 +43,7 @@ class EncodeContext:
     """
 
     allow_pickle: Callable[[], bool] = _always
+    why: Callable[[], str] = _unsaid
     pickle_protocol: int = 5
     compression: str | None = None
     serializers: tuple[str, ...] | None = None
@@ -53,6 +59,7 @@ class DecodeContext:
 
     Args:
         allow_pickle: asked (lazily) whether a pickle from this peer may be loaded.
+        why: asked, for errors, why it may not.
         deserializers: families accepted for ``Serialize`` payloads; None accepts all that are known.
         deserialize: False leaves ``Serialize`` payloads as ``Serialized`` objects (``__Pickled__`` ones are still loaded).
         enum_modules: root packages whose enums may be looked up; a module is never imported for it.
@@ -61,6 +68,7 @@ class DecodeContext:
     """
 
     allow_pickle: Callable[[], bool] = _always
+    why: Callable[[], str] = _unsaid
     deserializers: tuple[str, ...] | None = None
     deserialize: bool = True
     enum_modules: tuple[str, ...] = ("dask", "distributed")

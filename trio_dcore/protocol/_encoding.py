@@ -57,6 +57,18 @@ class Encoder:
         """What it was made with."""
         return self._ctx
 
+    @property
+    def payloads_before(self) -> int:
+        """Payload frames of other messages that will stand before a message's own: markers count from there.  Usually 0.
+
+        For whoever puts several messages into one (:mod:`._batches`), with an encoder of its own.
+        """
+        return self._hook.payloads_before
+
+    @payloads_before.setter
+    def payloads_before(self, count: int) -> None:
+        self._hook.payloads_before = count
+
     def _new_packer(self) -> Packer:
         return Packer(default=self._hook, use_bin_type=True, buf_size=_BUFFER)
 
@@ -74,7 +86,9 @@ class Encoder:
         try:
             packer = self._idle.pop()
         except IndexError:
-            return Encoder(self._ctx).encode(message)
+            another = Encoder(self._ctx)
+            another.payloads_before = self.payloads_before
+            return another.encode(message)
         try:
             head = packer.pack(message)
             if len(head) <= _SMALL:
@@ -121,7 +135,9 @@ class Encoder:
         path = find_path(message, lambda value: value is culprit) or ""
         if isinstance(exc, UnsafePayload):
             path += exc.field
-            raise UnsafePayload(at(path, str(exc)), field=path) from exc
+            # If it may be sent pickles, then what was refused is to pass on a stranger's.
+            why = "" if self.ctx.allow_pickle() else self.ctx.why()
+            raise UnsafePayload(at(path, f"{exc} ({why})" if why else str(exc)), field=path) from exc
         if isinstance(exc, SerializationError):
             path += exc.path
             raise SerializationError(at(path, str(exc)), path=path) from exc
@@ -133,10 +149,11 @@ class Encoder:
 class _Hook:
     """What the packer calls for a value that msgpack has no form for, and what one encoding has collected so far."""
 
-    __slots__ = ("_array_ctx", "ctx", "culprit", "frames", "made")
+    __slots__ = ("_array_ctx", "ctx", "culprit", "frames", "made", "payloads_before")
 
     def __init__(self, ctx: EncodeContext) -> None:
         self.ctx = ctx
+        self.payloads_before = 0
         self._array_ctx: EncodeContext | None = None
         self.reset()
 
@@ -192,7 +209,7 @@ class _Hook:
         if header.get("num-sub-frames") != count:
             header = {**header, "num-sub-frames": count}
         packed = packb(header, default=self._header_default, use_bin_type=True)
-        index = len(self.frames)
+        index = self.payloads_before + len(self.frames)
         self.frames.append(packed)
         self.frames.extend(frames)
         self.made += 1

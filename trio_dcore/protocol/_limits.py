@@ -13,6 +13,8 @@ __all__ = ["GiB", "KiB", "Limits", "MiB"]
 
 # Fields where None ("off") has no meaning: something must be there for the code to work at all.
 _NEVER_OFF = frozenset({"linger", "window", "window_bytes", "error_text"})
+# Fields whose twin, with this default, holds for trusted peers.
+_TWINS = {"message": 2 * GiB, "head": 64 * MiB, "frames": 4096}
 
 
 def _default_connections() -> int:
@@ -32,7 +34,8 @@ class Limits:
     """Sizes in bytes and counts are whole numbers, times are seconds.  None turns a limit off.
 
     A limit that is hit is a typed error naming the limit and its field, and is refused before the memory is committed.  Where a
-    field has a ``*_trusted`` twin, the twin holds for peers that are trusted (see :class:`~trio_dcore.Security`).
+    field has a ``*_trusted`` twin, the twin holds for peers that are trusted (see :class:`~trio_dcore.Security`), and can't be the
+    smaller one: to raise the field raises a twin that is at its default, any other must be given.
 
     Args:
         message: a whole message, decompressed size included.  64 MiB is one Dask shard.
@@ -44,10 +47,12 @@ class Limits:
         connections: open connections of a server; by default min(1024, soft NOFILE - 64).
         handshaking: connections of a server that have not finished their handshake.
         handshake_timeout: seconds for TLS and comm handshake together.
-        progress_timeout: seconds of silence allowed inside a message.
+        progress_timeout: seconds of silence allowed inside a message, while somebody reads; without it there is no progress_rate
+            either.
         progress_rate: bytes a second; a message must be complete by ``progress_timeout + received / progress_rate``.
-        write_stall: seconds that a handshake, reply or error may wait for a peer that doesn't read.
-        stream_stall: the same for a handler's own writes, generator items and ``.stream()`` sends.
+        write_stall: seconds for which a peer may take nothing of a handshake, reply or error.
+        stream_stall: the same for a handler's own writes, generator items and ``.stream()`` sends, which also may wait so long for
+            the other side's window.
         idle: seconds after which an idle comm is closed.
         linger: seconds for the orderly flush when a comm is closed.
         ping_interval: seconds between pings on an opted-in comm while a call is in flight.
@@ -61,11 +66,11 @@ class Limits:
     """
 
     message: int | None = 64 * MiB
-    message_trusted: int | None = 2 * GiB
+    message_trusted: int | None = _TWINS["message"]
     head: int | None = 1 * MiB
-    head_trusted: int | None = 64 * MiB
+    head_trusted: int | None = _TWINS["head"]
     frames: int | None = 1024
-    frames_trusted: int | None = 4096
+    frames_trusted: int | None = _TWINS["frames"]
     connections: int | None = field(default_factory=_default_connections)
     handshaking: int | None = 64
     handshake_timeout: float | None = 10.0
@@ -102,3 +107,15 @@ class Limits:
                 if not value.is_integer():
                     raise ValueError(f"Limits({name}={value!r}): must be a whole number, or None for no limit")
                 object.__setattr__(self, name, int(value))
+        for name, default in _TWINS.items():
+            self._check_twin(name, default)
+
+    def _check_twin(self, name: str, default: int) -> None:
+        """What a stranger may do, a trusted peer may do as well."""
+        twin = f"{name}_trusted"
+        value, trusted = getattr(self, name), getattr(self, twin)
+        if trusted is None or (value is not None and value <= trusted):
+            return
+        if trusted != default:
+            raise ValueError(f"Limits({name}={value}, {twin}={trusted}): a trusted peer can't be allowed less than a stranger")
+        object.__setattr__(self, twin, value)

@@ -10,6 +10,7 @@ thousand deep, and Python's stack may not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from msgpack import ExtType
@@ -99,10 +100,16 @@ def _pairs(value: dict[Any, Any]) -> Iterator[tuple[Step, object]]:
         yield (_VALUE, key), item
 
 
-def find_path(root: object, match: Callable[[object], bool]) -> str | None:
-    """Return where the first value that ``match`` accepts stands in the message, or None if there is none."""
+def find_path(root: object, match: Callable[[object], bool], most: int | None = None) -> str | None:
+    """Return where the first value that ``match`` accepts stands in the message, or None if there is none.
+
+    Args:
+        root: the message.
+        match: called with one value after the other.
+        most: how many values are looked at; None for all.
+    """
     try:
-        for steps, value, _ in walk(root):
+        for steps, value, _ in islice(walk(root), most):
             if match(value):
                 return render(steps)
     except RuntimeError:  # somebody changes the message meanwhile; this is only about a better text

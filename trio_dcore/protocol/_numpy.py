@@ -32,6 +32,7 @@ _NOT_RAW = 0x01 | 0x02 | 0x04
 _RAW_KINDS = frozenset("biufcSUVMm")
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63 - 1
+_MAX_EMPTY_ITEM = 2**20
 
 
 def bare_numpy(obj: object) -> bool:
@@ -254,6 +255,10 @@ def _layout(header: Header, itemsize: int, size: int) -> tuple[tuple[int, ...], 
             end += (length - 1) * stride
     if end > size:
         raise _wrong(f"needs {end} bytes where {size} came")
+    # Axes that repeat one item are sent as such; items that overlap otherwise are no peer's doing, and would let a few bytes become
+    # any number in whoever copies the array.
+    if itemsize * math.prod(length for length, stride in zip(shape, strides, strict=True) if stride) > size:
+        raise _wrong("has items that overlap")
     return tuple(shape), tuple(strides)
 
 
@@ -284,6 +289,12 @@ def _load_masked(header: Header, frames: list[Buffer], ctx: DecodeContext) -> An
         mask = _load_array(mask_header, frames[count:], ctx)
         if not isinstance(data, np.ndarray) or not isinstance(mask, np.ndarray) or mask.shape != data.shape:
             raise _wrong("has a mask of another shape than its data")
+        if mask.dtype != np.ma.make_mask_descr(data.dtype):
+            # It would be copied, item by item, although the header may tell of more of them than came.
+            raise _wrong("has a mask that isn't one of its data's type")
+    if isinstance(data, np.ndarray) and not data.size and data.dtype.itemsize > _MAX_EMPTY_ITEM:
+        # No such item came, and yet one would be made as the fill value.
+        raise _wrong(f"tells of items of {data.dtype.itemsize} bytes, and has none")
     pickled, value = fill
     if pickled:
         try:

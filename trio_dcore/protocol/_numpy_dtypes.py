@@ -33,6 +33,9 @@ _MAX_SUBARRAY_DIMENSIONS = 32
 # seconds, and divide by it.
 _DTYPE = re.compile(r"[<>|=]?([biufcSUVMm])(\d{1,9})(\[([1-9]\d{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")
 _ALIGNED = 0x80  # the flag bit of a dtype made with align=True
+# The bits for items that are Python objects or pointers (NPY_ITEM_HASOBJECT, NPY_LIST_PICKLE, NPY_ITEM_IS_POINTER).
+_NOT_RAW = 0x01 | 0x02 | 0x04
+_ALIGNMENTS = frozenset({-1, 1, 2, 4, 8, 16, 32, 64})
 
 
 class Unreadable(Exception):
@@ -136,13 +139,14 @@ def _run(data: object) -> Any:
 
 
 class _Machine:
-    __slots__ = ("code", "memo", "position", "stack")
+    __slots__ = ("code", "fields", "memo", "position", "stack")
 
     def __init__(self, code: bytes) -> None:
         self.code = code
         self.position = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.fields = 0
 
     def take(self, size: int) -> bytes:
         piece = self.code[self.position : self.position + size]
@@ -205,7 +209,10 @@ class _Machine:
                     stack.append(self.recall(self.number(4)))
                 case b"\x93":  # STACK_GLOBAL
                     name, module = stack.pop(), stack.pop()
-                    if type(name) is not str or type(module) is not str or (module, name) not in _GLOBALS:
+                    if type(name) is not str or type(module) is not str:
+                        # Not shown: a short pickle describes a tuple whose repr() has no end.
+                        raise Unreadable("the pickle refers to something that has no name")
+                    if (module, name) not in _GLOBALS:
                         raise Unreadable(f"the pickle refers to {module!r:.100}, {name!r:.100}")
                     stack.append(_GLOBALS[module, name])
                 case b"(":  # MARK
@@ -244,13 +251,19 @@ class _Machine:
                     stack.append(_reduce(function, arguments))
                 case b"b":  # BUILD
                     state = stack.pop()
-                    _build(stack[-1], state)
+                    self.count(_build(stack[-1], state))
                 case b".":  # STOP
                     if len(stack) != 1 or self.position != len(code):
                         raise Unreadable("the pickle has more in it than one value")
                     return stack[0]
                 case other:
                     raise Unreadable(f"the pickle has an opcode, {other!r}, that numpy doesn't write for a dtype")
+
+    def count(self, dtype: np.dtype[Any]) -> None:
+        """Of all dtypes that are built: a few bytes recall the fields of another one, so a short pickle could build thousands."""
+        self.fields += len(dtype.names or ())
+        if self.fields > _MAX_WEIGHT:
+            raise Unreadable("the pickle's dtypes have too many fields")
 
     def recall(self, index: int) -> Any:
         if index not in self.memo:
@@ -284,15 +297,18 @@ def _scalar(node: object, data: object) -> Any:
     return np.ndarray((), dtype, buffer=bytearray(data))[()]
 
 
-def _build(node: object, state: object) -> None:
+def _build(node: object, state: object) -> np.dtype[Any]:
     """What ``dtype.__setstate__`` does, by way of numpy's public constructor."""
     if not isinstance(node, _Node) or node.dtype is not None:
         raise Unreadable("the pickle sets the state of something else than a new dtype")
     if type(state) is not tuple or len(state) not in (8, 9) or state[0] != len(state) - 5:
         raise Unreadable("the pickle has a dtype state of an unknown version")
-    order, subarray, names, fields, itemsize, _alignment, flags = state[1:8]
+    order, subarray, names, fields, itemsize, alignment, flags = state[1:8]
     unit = state[8] if len(state) == 9 else None
     if order not in ("<", ">", "|", "=") or type(itemsize) is not int or type(flags) is not int:
+        raise Unreadable("the pickle has a dtype state of an unknown kind")
+    # What is read here may be passed on as it is to a peer that unpickles it: so all of it must be true, also what isn't used.
+    if (names is None) != (fields is None) or (subarray is not None and names is not None):
         raise Unreadable("the pickle has a dtype state of an unknown kind")
     if subarray is not None:
         dtype = _subarray(node, subarray)
@@ -303,9 +319,18 @@ def _build(node: object, state: object) -> None:
         unit = None
     if unit is not None:
         raise Unreadable("the dtype has metadata")
-    if itemsize != -1 and itemsize != dtype.itemsize:
+    if flags & _NOT_RAW or type(alignment) is not int or alignment not in _ALIGNMENTS:
+        raise Unreadable("the pickle's flags or alignment are none that such a dtype has")
+    if itemsize != dtype.itemsize and (itemsize != -1 or dtype.kind in "SUV" or subarray is not None):
         raise Unreadable("the pickle's item size is not that of its dtype")
+    if (
+        (subarray is not None or names is not None)
+        and node.text != f"V{itemsize}"
+        and (isinstance(node.text, str) or names is None)
+    ):
+        raise Unreadable("the pickle's dtype is made of another one than numpy takes for it")
     node.dtype = dtype
+    return dtype
 
 
 def _simple(node: _Node, order: str, unit: object) -> np.dtype[Any]:
@@ -370,10 +395,14 @@ def _structure(node: _Node, names: object, fields: object, itemsize: int, *, ali
         dtype = _finished(part)
         if offset < 0 or offset + dtype.itemsize > itemsize:
             raise Unreadable("the dtype has a field outside of its item")
+        if title is not None and fields.get(title) is not fields[name] and fields.get(title) != fields[name]:
+            raise Unreadable("the dtype has a title of another field")
         parts.append(part)
         formats.append(dtype)
         offsets.append(offset)
         titles.append(title)
+    if fields.keys() != {*names, *titles} - {None}:
+        raise Unreadable("the dtype has fields without a name")
     _weigh(node, parts)
     layout: dict[str, Any] = {"names": list(names), "formats": formats, "offsets": offsets, "itemsize": itemsize}
     if any(title is not None for title in titles):

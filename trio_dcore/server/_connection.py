@@ -17,6 +17,7 @@ from types import AsyncGeneratorType, CoroutineType
 from typing import TYPE_CHECKING, Any
 
 import trio
+from trio import current_time
 from trio.lowlevel import checkpoint_if_cancelled
 
 from .._util import leaves
@@ -40,6 +41,7 @@ from ._handlers import HandlerEntry, wrong_arguments
 from ._request import Request, request_variable
 from ._status import Status
 from ._streams import StreamAnswer, generate
+from ._throttle import shown
 
 if TYPE_CHECKING:
     from ._server import BaseServer
@@ -55,7 +57,7 @@ class Connection:
 
     Attributes:
         scope: cancelled when the connection is of no use any more.
-        idle: nothing is in flight: it waits for the next request.
+        idle_since: the time from which on nothing has been in flight, by trio's clock; ``math.inf`` while something is.
         request: the one whose handler runs, or None.
     """
 
@@ -63,10 +65,12 @@ class Connection:
         "_awaited",
         "_gone",
         "_last_id",
+        "_misfit",
+        "_told",
         "_watching",
         "comm",
         "handshaking",
-        "idle",
+        "idle_since",
         "on_wait",
         "request",
         "scope",
@@ -77,10 +81,11 @@ class Connection:
     def __init__(self, server: BaseServer, comm: BaseComm) -> None:
         self.server = server
         self.comm = comm
+        comm.serving = True
         self.scope = trio.CancelScope()
         self.handshaking = True
         self.watched: int | None = None  # the descriptor that the hang-up watcher has for it
-        self.idle = False
+        self.idle_since = math.inf
         self.request: Request | None = None
         self._awaited = False  # somebody waits for the answer of the handler that runs
         self._watching = False
@@ -88,6 +93,8 @@ class Connection:
         self.on_wait: Callable[[], None] | None = None
         self._gone = False  # the peer has hung up
         self._last_id = 0  # of the last opted-in request
+        self._misfit: TypeError | None = None  # the failure of a request whose arguments are not its handler's
+        self._told = False  # the log knows that there are requests on it that are refused and don't want an answer
 
     async def run(self) -> None:
         """Serve until the peer, the server or an error ends it.
@@ -101,8 +108,10 @@ class Connection:
                 if await self._handshake():
                     self.server._watch(self)
                     await self._serve()
+            self._tell_fault()
         except CommClosedError as error:
             _log.debug("connection from %s ended: %s", comm.peer_address, error)
+            self._tell_fault()
         except (RemoteProtocolError, LimitExceeded) as error:
             self.server._statistics.errors += 1
             _log.info("closing the connection from %s: %s", comm.peer_address, error)
@@ -113,6 +122,12 @@ class Connection:
             self.server._unwatch(self)
             await comm.aclose()
 
+    def _tell_fault(self) -> None:
+        """Log why the comm was closed, where a handler was told of it that has not passed it on."""
+        if self.comm.fault:
+            self.server._statistics.errors += 1
+            _log.info("closing the connection from %s: %s", self.comm.peer_address, self.comm.fault)
+
     @property
     def op(self) -> str | None:
         """The op in flight, or None."""
@@ -121,8 +136,12 @@ class Connection:
     async def _handshake(self) -> bool:
         patience = self.comm.settings.limits.handshake_timeout
         with trio.CancelScope(deadline=math.inf if patience is None else trio.current_time() + patience) as limit:
-            await self.comm.handshake()
+            try:
+                await self.comm.handshake()
+            except trio.ClosedResourceError:
+                return False  # it gave way
         self.handshaking = False
+        self.server._room.shaken(self)
         if limit.cancelled_caught:
             self.server._statistics.refused += 1
             _log.info("closing the connection from %s: no handshake within %s s", self.comm.peer_address, patience)
@@ -156,15 +175,27 @@ class Connection:
             self.comm.watch_end(nursery, self.hung_up)
             self._watching = True
 
+    def give_way(self) -> None:
+        """Close in the middle of the handshake, at once: somebody else needs the place."""
+        self.scope.cancel(reason="the connection gives way to another one")
+        self.comm.abort()
+
+    def close_idle(self) -> bool:
+        """Close if nothing is in flight; False if something is, or has just come."""
+        if self.idle_since == math.inf or self.comm.stale():
+            return False
+        self._say_goodbye()
+        self.comm.abort()
+        return True
+
     def retire(self) -> None:
         """The server is draining: close if nothing is in flight."""
         comm = self.comm
         if self.handshaking:
             self.scope.cancel(reason="the server is shutting down")
-        elif self.idle and not comm.stale():
-            self._say_goodbye()
-            comm.abort()
-        elif self.idle:
+        elif self.close_idle():
+            pass
+        elif self.idle_since < math.inf:
             self._hurry()
         elif self.op == "connection_stream" and self.server.stream_handlers and comm.reading and not comm.stale():
             comm.abort()  # all that has come is handled, and nobody waits for an answer: the stream ends here
@@ -195,7 +226,7 @@ class Connection:
                     self._say_goodbye()
                     return
                 self._hurry()
-            self.idle = True
+            self.idle_since = current_time()
             try:
                 # Every wait delivers cancellation; requests that need none must not put it off for long.
                 turns += 1
@@ -204,13 +235,13 @@ class Connection:
                 found = await comm.next_head()
             except trio.ClosedResourceError:
                 return
-            except RemoteProtocolError as error:
+            except (RemoteProtocolError, LimitExceeded) as error:
                 if not comm.closed():
                     # Framing is intact, but whether an answer was wanted is unknown: one is given, then the comm is closed.
                     await self._send_failure(None, error)
                 raise
             finally:
-                self.idle = False
+                self.idle_since = math.inf
             if found is None:
                 return
             head, frames = found
@@ -235,13 +266,15 @@ class Connection:
         comm = self.comm
         header: RequestHeader | None = None
         reply = head.get("reply", _ABSENT)
-        wanted = reply is _ABSENT or bool(reply)
-        close = bool(head.get("close"))
+        wanted = True
+        close = False
         failure: BaseException
         request: Request | None = None
         written = comm.messages_written
+        op = head.get("op")
         try:
-            op = head.get("op")
+            wanted = reply is _ABSENT or bool(reply)  # by reference it may be anything, an array for example
+            close = bool(head.get("close"))
             if KEY in head and comm.extension is not None:
                 header = self._opted_in(head[KEY])
             entry = find_handler(self.server, comm.peer, op)
@@ -290,7 +323,7 @@ class Connection:
             try:
                 unsent = comm.start(result if header is None else (REPLY, header.id, result), serializers)
                 if unsent is not None:
-                    await comm.finish(unsent)
+                    await comm.finish(unsent, "write_stall")
             except (SerializationError, UnsafePayload) as error:
                 await self._send_failure(header, error, started=True)
             return not close and not self._said_too_much(header, reply, written)
@@ -299,7 +332,7 @@ class Connection:
                 if isinstance(error, (RemoteProtocolError, LimitExceeded)):
                     raise  # the client's doing
                 if request is not None and not isinstance(error, (CommClosedError, trio.ClosedResourceError, HandlerCancelled)):
-                    _log.warning("op %r from %s failed after its caller had gone", self.op, comm.peer_address, exc_info=error)
+                    self._log_failure(logging.WARNING, request.op, "failed after its caller had gone", error)
                 return False
             failure = error.stop if type(error) is _Stopped else error
         except BaseException as error:
@@ -328,13 +361,23 @@ class Connection:
         started = request is not None
         if wanted:
             await self._send_failure(header, failure, started=started)
-        elif started:
-            _log.error("op %r from %s failed and nobody waits for the answer", op, comm.peer_address, exc_info=failure)
+        elif request is not None and failure is not self._misfit:
+            self._log_failure(logging.ERROR, request.op, "failed and nobody waits for the answer", failure)
         else:
-            _log.info("op %r from %s was refused, and nobody waits for the answer: %s", op, comm.peer_address, failure)
+            # The first of a connection is for who looks for a mistake; all of them would be a way to fill the disk.
+            level = logging.DEBUG if self._told else logging.INFO
+            self._told = True
+            what = "op %s from %s was refused, and nobody waits for the answer: %.1000s"
+            _log.log(level, what, shown(op), comm.peer_address, failure)
+        self._misfit = None
         if not started and isinstance(failure, (RemoteProtocolError, LimitExceeded)):
             raise failure
         return not close and not self._said_too_much(header, reply, written)
+
+    def _log_failure(self, level: int, op: str, what: str, error: BaseException) -> None:
+        # Whoever may call the op can make it fail as often as he likes.
+        if (more := self.server._entries[op].failures.due()) is not None:
+            _log.log(level, "op %r from %s %s%s", op, self.comm.peer_address, what, more, exc_info=error)
 
     def _opted_in(self, value: object) -> RequestHeader:
         header = parse_request_header(value)
@@ -371,6 +414,7 @@ class Connection:
             mismatch = wrong_arguments(request.op, entry.function, args, kwargs, error, Connection._begin.__code__)
             if mismatch is None:
                 raise
+            self._misfit = mismatch
             raise mismatch from None
         except StopIteration as stop:
             raise _Stopped(stop) from None
@@ -382,6 +426,7 @@ class Connection:
             mismatch = wrong_arguments(request.op, entry.function, args, kwargs, error, _in_worker.__code__)
             if mismatch is None:
                 raise
+            self._misfit = mismatch
             raise mismatch from None
 
     async def _call(self, entry: HandlerEntry, args: tuple[Any, ...], kwargs: dict[str, Any], request: Request) -> Any:
@@ -432,7 +477,7 @@ class Connection:
     # -- answers -----------------------------------------------------------------------------------------------------------------
 
     async def _send_failure(self, header: RequestHeader | None, error: BaseException, *, started: bool = False) -> None:
-        await self.comm.put(self._failure_message(header, error, started=started))
+        await self.comm.put(self._failure_message(header, error, started=started), stall="write_stall")
 
     def _failure_message(self, header: RequestHeader | None, error: BaseException, *, started: bool) -> Any:
         """The answer to a request that failed; ``started`` is whether it is the handler's failure, or we refused it."""

@@ -7,10 +7,12 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import trio
+
+from ._throttle import Throttle
 
 __all__ = ["HandlerEntry", "closest", "in_thread", "is_code", "run_to_end", "wrong_arguments"]
 
@@ -99,6 +101,7 @@ class HandlerEntry:
         handler: what stands in the server's dict.
         function: what to call: the handler without its marks.
         streams: it may give many answers: it is a generator or takes the comm.
+        failures: of log lines about failures that nobody else is told of.
     """
 
     handler: Handler
@@ -110,6 +113,7 @@ class HandlerEntry:
     in_thread: bool
     limiter: trio.CapacityLimiter | None
     run_to_end: bool
+    failures: Throttle = field(default_factory=Throttle)
 
     @classmethod
     def of(cls, function: Handler) -> HandlerEntry:

@@ -11,7 +11,7 @@ How it is built
                      ├─ _hold_connections      a cancel scope, shielded only with drain_on_cancel, round
                      │    └─ connections nursery: one task for each connection
                      ├─ the hang-up watcher
-                     └─ accepting nursery: one task for each listener
+                     └─ accepting nursery: one task for each listener, and one that closes idle connections if Limits.idle is set
 
 ``stop()`` only requests: it marks the server as draining, sets the deadline of the scope round the connections and wakes the serving
 task, which closes listeners and idle comms.  Outside cancellation reaches the accepting nursery first; what has to happen then is
@@ -20,12 +20,10 @@ synchronous and stands in one ``finally``.
 
 from __future__ import annotations
 
-import errno
 import inspect
 import logging
 import math
 import sys
-import traceback
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
@@ -37,27 +35,33 @@ from trio.lowlevel import checkpoint_if_cancelled
 from .._security import Security
 from .._util import to_raise
 from ..abc import Comm, CommSettings, Listener, Peer
-from ..comm import BaseComm, HangupWatcher, InprocComm, check_encryption, get_transport, listen_address, parse_address
+from ..comm import (
+    BaseComm,
+    HangupWatcher,
+    InprocComm,
+    check_encryption,
+    get_address_host_port,
+    get_transport,
+    listen_address,
+    parse_address,
+)
 from ..errors import LocalProtocolError
 from ..protocol._limits import Limits
+from ._accepting import Acceptor, close_idle
+from ._announcing import announce
 from ._connection import Connection
-from ._drive import frames_of
 from ._handlers import Handler, HandlerEntry, is_code, run_to_end
 from ._request import request_variable
+from ._room import Room
 from ._statistics import Counters, ServerStatistics
 from ._status import Life, Status
+from ._stragglers import report_stragglers
 from ._stream_handlers import handle_stream
+from ._throttle import Throttle
 
 __all__ = ["BaseServer"]
 
 _log = logging.getLogger("trio_dcore.server")
-
-# The process or the system is out of descriptors or memory: accepting goes on when some are free again.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_EXHAUSTED_PAUSE = 0.1
-_EXHAUSTED_LOG_EVERY = 1.0
-# How often tasks that don't end when cancelled are named, in seconds.
-_REPORT_EVERY = 1.0
 
 
 class BaseServer:
@@ -110,6 +114,8 @@ class BaseServer:
         self.shutdown_requested = trio.Event()
         #: Read on every request, so a plain attribute: the server has been asked to stop.
         self.draining = False
+        #: Likewise: ``Limits.requests``.
+        self.most_requests = math.inf if self.settings.limits.requests is None else self.settings.limits.requests
         self._life = Life.NEW
         self._failed = False
         self._finished = trio.Event()
@@ -127,10 +133,14 @@ class BaseServer:
         self._connections_ended = trio.Event()
         self._listeners: list[Listener] = []
         self._addresses: list[str] = []
-        self._connections: set[Connection] = set()
         self._entries: dict[str, HandlerEntry] = {}
         self._statistics = Counters()
+        self._room = Room(self.name, self.settings.limits, self._statistics)
+        self._connections = self._room.connections
+        self._acceptor = Acceptor(self, self._room)
         self._hangups: HangupWatcher | None = None
+        self.overloads = Throttle()
+        self.failed_authorizations = Throttle()
 
     # -- built-in ops ------------------------------------------------------------------------------------------------------------
 
@@ -180,9 +190,8 @@ class BaseServer:
     def port(self) -> int:
         """The port of the first address that has one."""
         for address in self._addresses:
-            _, _, port = address.rpartition(":")
-            if port.isdecimal():
-                return int(port)
+            if get_transport(parse_address(address)[0]).host_port:  # a path may end like a port
+                return get_address_host_port(address)[1]
         raise LocalProtocolError("the server has no port: it listens on no address that has one")
 
     def statistics(self) -> ServerStatistics:
@@ -270,7 +279,8 @@ class BaseServer:
 
         Args:
             address: Dask's forms: a port, ``(host, port)``, ``"host:port"``, ``"tcp://host:port"``, ``"inproc://name"``; None is
-                a free port on every interface.
+                a free port on every interface.  Without a scheme it is ``tcp://``, or with ``Security(require_encryption=True)``
+                ``tls://``.
 
         Returns:
             The contact address, in which a wildcard or port 0 has been replaced.
@@ -280,7 +290,9 @@ class BaseServer:
             LocalProtocolError: outside of ``async with server`` or ``serve``, or the server is stopping.
         """
         self._check_serving()
-        scheme, location = parse_address(listen_address(address))
+        # What requires encryption gets it, unless an address says otherwise, which is then refused.
+        default_scheme = "tls" if self.settings.security.require_encryption else "tcp"
+        scheme, location = parse_address(listen_address(address, default_scheme=default_scheme))
         check_encryption(scheme, self.settings)
         listeners = await get_transport(scheme).listen(location, self.settings)
         try:
@@ -295,18 +307,10 @@ class BaseServer:
         assert self._accepting is not None
         for listener in listeners:
             self._listeners.append(listener)
-            self._accepting.start_soon(self._accept, listener)
+            self._accepting.start_soon(self._acceptor.run, listener, name=f"accepting on {listener.listen_address}")
         contact = listeners[0].contact_address
         self._addresses.append(contact)
-        security = self.settings.security
-        _log.info(
-            "%s listens on %s (%s, pickle=%r); ops: %s",
-            self.name,
-            ", ".join(listener.listen_address for listener in listeners),
-            "encrypted or in this process" if get_transport(scheme).encrypted else "not encrypted",
-            security.pickle,
-            ", ".join(sorted(op for op in self.handlers if op not in self.blocked_handlers)),
-        )
+        announce(self, listeners)
         return contact
 
     def _check_serving(self) -> None:
@@ -337,6 +341,8 @@ class BaseServer:
                         async with trio.open_nursery() as accepting:
                             self._accepting = accepting
                             self._accepting_more = True
+                            if self.settings.limits.idle is not None:
+                                accepting.start_soon(close_idle, self._room, self.settings.limits.idle)
                             task_status.started()
                             try:
                                 await self.shutdown_requested.wait()
@@ -376,26 +382,9 @@ class BaseServer:
             await watcher.run()
 
     async def _report_stragglers(self) -> None:
-        """Say every second what still runs although it has been cancelled.  It is waited for, never abandoned."""
         # Shielded, for it must outlive the cancellation that it reports on; _hold_connections ends it with the last connection.
         with self._reporting:
-            await self.shutdown_requested.wait()
-            due = trio.current_time() + _REPORT_EVERY
-            while True:
-                await trio.sleep_until(due)
-                # A second after the cut, not after the stop: before it there is nothing that should have ended.  The cut may come
-                # earlier than it was to be, so look every second.
-                now, first = trio.current_time(), self._deadline + _REPORT_EVERY
-                due = now + _REPORT_EVERY if now >= first else min(now + _REPORT_EVERY, first)
-                if now >= first and self._connection_tasks is not None:
-                    self._report(self._connection_tasks.child_tasks)
-
-    def _report(self, tasks: Collection[trio.lowlevel.Task]) -> None:
-        for task in tasks:
-            stack = "".join(traceback.StackSummary.extract(frames_of(task)).format())
-            _log.warning("%s waits for a task that does not end: %s\n%s", self.name, task.name, stack)
-            for nursery in task.child_nurseries:
-                self._report(nursery.child_tasks)
+            await report_stragglers(self)
 
     def _wind_down(self) -> None:
         """Close what needs no waiting.  Synchronous, for it also runs when the serving task has been cancelled."""
@@ -430,37 +419,21 @@ class BaseServer:
     def _close_outgoing(self) -> None:
         """Close the pool of outgoing comms, where there is one."""
 
-    async def _accept(self, listener: Listener) -> None:
-        last_log = -math.inf
-        while True:
-            try:
-                comm = await listener.accept()
-            except trio.ClosedResourceError:
-                return
-            except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    raise
-                now = trio.current_time()
-                if now >= last_log + _EXHAUSTED_LOG_EVERY:
-                    last_log = now
-                    _log.warning("accepting on %s pauses: %s", listener.listen_address, error)
-                await trio.sleep(_EXHAUSTED_PAUSE)
-                continue
-            assert isinstance(comm, BaseComm)
-            if self.draining or not self._admitting:
-                comm.abort()
-                return
-            assert self._connection_tasks is not None
-            connection = Connection(self, comm)
-            self._connections.add(connection)
-            self._connection_tasks.start_soon(self._serve_connection, connection, name=f"connection from {comm.peer_address}")
+    def _admit(self, comm: BaseComm, now: float) -> bool:
+        """Serve a comm that was accepted; False if it is too late for that."""
+        if self.draining or not self._admitting:
+            return False
+        assert self._connection_tasks is not None
+        connection = Connection(self, comm)
+        self._room.enter(connection, now)
+        self._connection_tasks.start_soon(self._serve_connection, connection, name=f"connection from {comm.peer_address}")
+        return True
 
     async def _serve_connection(self, connection: Connection) -> None:
         try:
             await connection.run()
         finally:
-            self._connections.discard(connection)
-            self._statistics.closed(connection.comm)
+            self._room.leave(connection)
 
     # -- stopping ----------------------------------------------------------------------------------------------------------------
 
@@ -547,8 +520,13 @@ class BaseServer:
         if self._hangups is None or fileno is None:
             connection.on_wait = connection.handler_waits
             return
-        self._hangups.watch(fileno, connection.hung_up)
-        connection.watched = fileno
+        try:
+            self._hangups.watch(fileno, connection.hung_up)
+        except OSError as error:  # ENOSPC: this user's watches (/proc/sys/fs/epoll/max_user_watches) are used up; or ENOMEM
+            _log.debug("no hang-up watch for %s: %s", comm.peer_address, error)
+            connection.on_wait = connection.handler_waits
+        else:
+            connection.watched = fileno
 
     def _unwatch(self, connection: Connection) -> None:
         if self._hangups is not None and connection.watched is not None:

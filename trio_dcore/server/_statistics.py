@@ -27,7 +27,9 @@ class ServerStatistics:
         bytes_read: received since the start, in bytes; inproc has none.
         bytes_written: sent since the start, in bytes; inproc has none.
         errors: connections that ended because of an error: the peer's or an unexpected one.
-        refused: requests and connections that were turned away: draining, not allowed, no handshake.
+        refused: requests and connections that were turned away: draining, overloaded, not allowed, no handshake in time or none
+            before others needed the place.
+        expired: connections that were closed because they were idle, for ``Limits.idle`` or to make room for others.
     """
 
     connections: int
@@ -38,6 +40,7 @@ class ServerStatistics:
     bytes_written: int
     errors: int
     refused: int
+    expired: int
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class Counters:
     in_flight: int = 0
     errors: int = 0
     refused: int = 0
+    expired: int = 0
     _bytes_read: int = 0  # of connections that have ended
     _bytes_written: int = 0
 
@@ -67,4 +71,5 @@ class Counters:
             bytes_written=self._bytes_written + sum(connection.comm.bytes_written for connection in connections),
             errors=self.errors,
             refused=self.refused,
+            expired=self.expired,
         )

@@ -14,6 +14,7 @@ from ..abc import Comm
 from ..comm import BaseComm
 from ..errors import CommClosedError
 from ._handlers import Handler
+from ._throttle import Throttle, shown
 
 __all__ = ["handle_stream"]
 
@@ -43,6 +44,7 @@ async def handle_stream(
     Cancellation: closes the comm; a message that was being handled is not handled again.
     """
     handled = 0
+    log = _Log(comm.peer_address)
     try:
         while not (draining() and isinstance(comm, BaseComm) and not comm.stale()):
             batch = await comm.read()
@@ -53,7 +55,7 @@ async def handle_stream(
                     break
                 if isinstance(message, dict) and message.get("op") == "close-stream":
                     return
-                await _handle(message, handlers, extra or {}, comm)
+                await _handle(message, handlers, extra or {}, log)
                 handled += 1
                 if handled % _YIELD_MESSAGES == 0:
                     await trio.lowlevel.checkpoint()  # handlers that need no wait must not keep everybody else waiting
@@ -63,17 +65,33 @@ async def handle_stream(
         await comm.close()
 
 
-async def _handle(message: object, handlers: Mapping[str, Handler], extra: Mapping[str, Any], comm: Comm) -> None:
+class _Log:
+    """Tells of messages that were dropped: of each kind at most one line a second, for a peer can send any number of them."""
+
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+        self._dropped = Throttle()
+        self._failed = Throttle()
+
+    def dropped(self, what: str) -> None:
+        if (more := self._dropped.due()) is not None:
+            _log.warning("dropped from the stream of %s: %s%s", self._peer, what, more)
+
+    def failed(self, op: str) -> None:
+        if (more := self._failed.due()) is not None:
+            _log.exception("the stream handler %r failed for a message from %s; the stream goes on%s", op, self._peer, more)
+
+
+async def _handle(message: object, handlers: Mapping[str, Handler], extra: Mapping[str, Any], log: _Log) -> None:
     if not isinstance(message, dict) or "op" not in message:
-        what = "a message without an op" if isinstance(message, dict) else f"a {type(message).__name__} instead of a dict"
-        _log.warning("dropped from the stream of %s: %s", comm.peer_address, what)
+        log.dropped("a message without an op" if isinstance(message, dict) else f"a {type(message).__name__} instead of a dict")
         return
     op = message["op"]
     if not op:
         return
     handler = handlers.get(op) if isinstance(op, str) else None
     if handler is None:
-        _log.warning("dropped from the stream of %s: a message with the unknown op %.100r", comm.peer_address, op)
+        log.dropped(f"a message with the unknown op {shown(op)}")
         return
     arguments = {**extra, **message}
     del arguments["op"]
@@ -86,4 +104,4 @@ async def _handle(message: object, handlers: Mapping[str, Handler], extra: Mappi
     except BaseException as error:
         if any(isinstance(leaf, (KeyboardInterrupt, SystemExit, trio.Cancelled)) for leaf in leaves(error)):
             raise
-        _log.exception("the stream handler %r failed for a message from %s; the stream goes on", op, comm.peer_address)
+        log.failed(op)

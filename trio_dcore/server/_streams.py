@@ -12,7 +12,7 @@ from trio.lowlevel import checkpoint_if_cancelled
 
 from ..abc import Comm
 from ..comm import BaseComm, Substream, SubstreamComm
-from ..errors import CommClosedError, RemoteProtocolError
+from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
 from ..protocol._envelope import CANCEL, END, Credit, RequestHeader
 from ._drive import drive
 
@@ -58,7 +58,7 @@ async def generate(
 
 def _is_final(error: BaseException) -> bool:
     """Whether a further item would meet the same fate as the one that met ``error``."""
-    if isinstance(error, (CommClosedError, trio.ClosedResourceError)):
+    if isinstance(error, (CommClosedError, trio.ClosedResourceError, LimitExceeded)):
         return True
     # A scope of the generator's own may have been the one, and may have been left since.
     return isinstance(error, trio.Cancelled) and trio.current_effective_deadline() == -math.inf

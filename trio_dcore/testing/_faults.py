@@ -33,6 +33,9 @@ def reset_stream(stream: trio.abc.Stream) -> None:
         stream.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         stream.socket.close()
         return
+    if isinstance(stream, trio.SSLStream):
+        reset_stream(stream.transport_stream)
+        return
     raise TypeError(f"{stream!r} can't be reset: it has no reset() and is no SocketStream")
 
 

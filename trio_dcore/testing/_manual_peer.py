@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -40,15 +41,32 @@ class ManualPeer:
         self._decoder = Decoder(DecodeContext(), extensions=True)
 
     @classmethod
-    async def connect(cls, address: str, network: MemoryNetwork | None = None) -> Self:
-        """Connect to a ``tcp://`` address, or to a ``memory://`` one of a network, without a handshake."""
+    async def connect(
+        cls, address: str, network: MemoryNetwork | None = None, *, ssl_context: ssl.SSLContext | None = None
+    ) -> Self:
+        """Connect to an address, without a handshake.
+
+        Args:
+            address: one of ``tcp://``, ``unix://``, ``tls://``, or ``memory://`` in a network.
+            network: that network.
+            ssl_context: of a client, for TLS, whose own handshake comes with the first bytes that are sent or received.  A
+                ``tls://`` address without one is connected to in plain text.
+        """
         scheme, location = parse_address(address)
+        stream: trio.abc.Stream
         if scheme == "memory":
             if network is None:
                 raise ValueError("a memory:// address needs the network that it is in")
-            return cls(await network.connect_stream(address))
-        host, port = parse_host_port(location)
-        return cls(await trio.open_tcp_stream(host, port))
+            stream = await network.connect_stream(address)
+        elif scheme == "unix":
+            stream = await _open_unix_stream(location)
+        else:
+            host, port = parse_host_port(location)
+            stream = await trio.open_tcp_stream(host, port)
+        if ssl_context is not None:
+            # As Dask's peers, who close without a close_notify.
+            stream = trio.SSLStream(stream, ssl_context, https_compatible=True)
+        return cls(stream)
 
     async def handshake(self, *, extension: bool = False, **changes: Any) -> dict[str, Any]:
         """Send a handshake and return the other side's.
@@ -136,3 +154,14 @@ class ManualPeer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await trio.aclose_forcefully(self.stream)
+
+
+async def _open_unix_stream(location: str) -> trio.SocketStream:
+    # trio.open_unix_socket knows nothing of abstract names.
+    sock = trio.socket.socket(trio.socket.AF_UNIX)
+    try:
+        await sock.connect("\0" + location[1:] if location.startswith("@") else location)
+    except BaseException:
+        sock.close()
+        raise
+    return trio.SocketStream(sock)

@@ -1,0 +1,87 @@
+"""What all listeners on sockets share: accepting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from abc import abstractmethod
+
+import trio
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, wait_readable
+
+from ..abc import CommSettings, Listener
+from ._comm import FramedComm
+
+__all__ = ["BACKLOG", "SocketListener"]
+
+#: Connections that the system keeps until they are accepted (``distributed.comm.socket-backlog``).
+BACKLOG = 2048
+# Connections accepted in a row before other tasks get their turn.
+_ACCEPT_RUN = 16
+# accept() reports errors of a connection that died in the queue as its own; the next one may be fine (man 2 accept).
+_DEAD_ON_ARRIVAL = {
+    getattr(errno, name)
+    for name in (
+        "ECONNABORTED",
+        "EPERM",
+        "EPROTO",
+        "ENETDOWN",
+        "ENOPROTOOPT",
+        "EHOSTDOWN",
+        "ENONET",
+        "EHOSTUNREACH",
+        "EOPNOTSUPP",
+        "ENETUNREACH",
+        "ENOTCONN",  # the peer was gone before its address was asked for
+        "EINVAL",  # likewise, on macOS, for its options
+    )
+    if hasattr(errno, name)
+}
+
+
+class SocketListener(Listener):
+    """Accepts on one bound socket that listens and doesn't block, which it owns.  Subclasses say what a connection becomes."""
+
+    def __init__(self, sock: socket.socket, settings: CommSettings) -> None:
+        self._socket = sock
+        self._settings = settings
+        self._accepted = 0
+        self._process = os.getpid()
+
+    @abstractmethod
+    def _make_comm(self, sock: socket.socket) -> FramedComm:
+        """Wrap a connection, which the comm then owns; close it if this fails.  Not a checkpoint."""
+
+    async def accept(self) -> FramedComm:
+        await checkpoint_if_cancelled()
+        while True:
+            if self._accepted >= _ACCEPT_RUN:
+                self._accepted = 0
+                await cancel_shielded_checkpoint()
+            if self._socket.fileno() == -1:
+                raise trio.ClosedResourceError("this listener was closed")
+            self._accepted += 1
+            try:
+                return self._make_comm(self._socket.accept()[0])
+            except BlockingIOError:
+                self._accepted = 0
+                await wait_readable(self._socket)
+            except OSError as error:
+                if error.errno not in _DEAD_ON_ARRIVAL:
+                    raise
+
+    def close(self) -> None:
+        if self._socket.fileno() == -1:
+            return
+        # A forked child closes its copy of the descriptor and nothing else: trio's set of what is waited for is its parent's as well.
+        if os.getpid() == self._process:
+            self._retract()
+            try:
+                trio.lowlevel.notify_closing(self._socket)
+            except RuntimeError:
+                pass  # trio has ended: nobody waits for the socket, which is to be closed all the same
+        self._socket.close()
+
+    def _retract(self) -> None:
+        """Take back what was made for the address, while the socket still listens.  Must not fail."""

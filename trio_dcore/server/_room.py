@@ -1,0 +1,168 @@
+"""The connections of a server: how many there may be, and who gives way to the next.
+
+``Limits.connections`` bounds all of them, ``Limits.handshaking`` those that have not finished their handshake.  Nothing here waits:
+:meth:`Room.make` closes what has to make room, or says when it is worth looking again; waiting is the accept loop's
+(:mod:`._accepting`).
+
+Who gives way is a matter of what a stranger can do.  To be silent costs nothing, so ten thousand silent connections must not keep an
+honest client out for long, and there may be 2048 of them in the system's queue before it.  At the limit, a handshake of which no byte
+has come gives way after half a second, since a client that makes a hundred connections at once may be busy for so long (a stock one
+is, for 50 ms: measured).  If one has had to, that was no such client: while that goes on, 10 ms are enough, in which the first bytes
+that follow a connect are there.  Any other handshake gives way after a second.  Connections that have shaken hands give way only
+when they have been idle for ten seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from trio.lowlevel import ParkingLot
+
+from ..protocol._limits import Limits
+from ._statistics import Counters
+from ._throttle import Throttle
+
+if TYPE_CHECKING:
+    from ._connection import Connection
+
+__all__ = ["Room"]
+
+_log = logging.getLogger("trio_dcore.server")
+
+# After so many seconds a handshake may have to give way: if nothing has come, if nothing has come while silent ones flood the server,
+# and in any case.
+_SILENT = 0.5
+_FLOODED = 0.01
+_SLOW = 1.0
+# The flood is over when no silent one has given way for so long.
+_FLOOD_ENDS = 1.0
+# After so many seconds of nothing an idle connection may.
+_IDLE = 10.0
+
+
+class Room:
+    """All connections of one server.
+
+    Attributes:
+        connections: those that are open.
+        changed: unparked when one ends, or has finished its handshake.
+    """
+
+    def __init__(self, name: str, limits: Limits, counters: Counters) -> None:
+        self.connections: set[Connection] = set()
+        self.changed = ParkingLot()
+        self._name = name
+        self._limits = limits
+        self._counters = counters
+        self._handshaking: dict[Connection, float] = {}  # since when, the oldest first
+        self._flooded_until = -math.inf
+        self._throttles = {"handshaking": Throttle(), "connections": Throttle()}
+
+    def enter(self, connection: Connection, now: float) -> None:
+        """A connection begins, with its handshake."""
+        self.connections.add(connection)
+        self._handshaking[connection] = now
+
+    def shaken(self, connection: Connection) -> None:
+        """Its handshake is over."""
+        if self._handshaking.pop(connection, None) is not None:
+            self.changed.unpark_all()
+
+    def leave(self, connection: Connection) -> None:
+        """It has ended, or has been closed here.  May be called again."""
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self._handshaking.pop(connection, None)
+            self._counters.closed(connection.comm)
+            self.changed.unpark_all()
+
+    def make(self, now: float) -> float:
+        """Make room for one more connection.
+
+        Returns:
+            ``now`` if there is room.  Else the time to look again, unless :attr:`changed` tells earlier.
+        """
+        limits = self._limits
+        if limits.handshaking is not None and len(self._handshaking) >= limits.handshaking:
+            again = self._close_handshake(now, "handshaking", limits.handshaking)
+            if again > now:
+                self._tell("handshaking", limits.handshaking, "accepting pauses")
+                return again
+        if limits.connections is not None and len(self.connections) >= limits.connections:
+            again = self._close_idle(now, limits.connections)
+            if again > now:
+                # Else strangers could take every place and keep it until Limits.handshake_timeout.
+                again = min(again, self._close_handshake(now, "connections", limits.connections))
+            if again > now:
+                self._tell("connections", limits.connections, "accepting pauses")
+                return again
+        return now
+
+    def expire(self, now: float, patience: float) -> float:
+        """Close what has been idle for ``patience`` seconds; returns when to look again."""
+        # What is in flight now can't have been idle for so long before that.
+        again = now + patience
+        for connection in list(self.connections):
+            due = connection.idle_since + patience
+            if due > now:
+                again = min(again, due)
+            elif connection.close_idle():
+                self._leave_idle(connection)
+                _log.info("closed the connection from %s: idle for %s s (Limits.idle)", connection.comm.peer_address, patience)
+            # Else something has come in this moment, or part of it, which then has its own time limit.
+        return again
+
+    def _leave_idle(self, connection: Connection) -> None:
+        self._counters.expired += 1
+        self.leave(connection)
+
+    def _close_idle(self, now: float, most: int) -> float:
+        """Close the connection that has been idle longest, and long enough; returns as :meth:`make`."""
+        again = now + _IDLE  # as in `expire`
+        old = []
+        for connection in self.connections:
+            due = connection.idle_since + _IDLE
+            if due <= now:
+                old.append(connection)
+            elif due < again:
+                again = due
+        for connection in sorted(old, key=lambda each: each.idle_since):
+            if connection.close_idle():
+                idle = now - connection.idle_since
+                self._leave_idle(connection)
+                self._tell("connections", most, f"{connection.comm.peer_address}, idle for {idle:.3g} s, gives way")
+                return now
+        return again
+
+    def _close_handshake(self, now: float, limit: str, most: int) -> float:
+        """Close the oldest handshake that is silent, or else the oldest, if it is old enough; returns as :meth:`make`."""
+        again = math.inf
+        silent = _FLOODED if now < self._flooded_until else _SILENT
+        slow = None
+        for connection, since in self._handshaking.items():
+            heard = connection.comm.heard
+            due = since + (_SLOW if heard else silent)
+            if due > now:
+                again = min(again, due)
+            elif not heard:
+                self._flooded_until = now + _FLOOD_ENDS
+                return self._give_way(connection, now, limit, most, f"silent for {now - since:.3g} s")
+            elif slow is None:
+                slow = connection
+        if slow is not None:
+            return self._give_way(slow, now, limit, most, f"{now - self._handshaking[slow]:.3g} s in its handshake")
+        return again
+
+    def _give_way(self, connection: Connection, now: float, limit: str, most: int, why: str) -> float:
+        connection.give_way()
+        self._counters.refused += 1
+        self.leave(connection)
+        self._tell(limit, most, f"{connection.comm.peer_address}, {why}, gives way")
+        return now
+
+    def _tell(self, limit: str, most: int, what: str) -> None:
+        more = self._throttles[limit].due()
+        if more is not None:
+            _log.warning("%s is at its limit, Limits(%s=%d): %s%s", self._name, limit, most, what, more)
