@@ -25,7 +25,7 @@ from typing import Any
 import msgpack
 import trio
 
-from trio_dcore import Limits, Security, Server, connect, rpc
+from trio_dcore import Limits, Security, Server, connect, rpc, to_serialize
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 PROGRESS = 1.0  # seconds, instead of 30
@@ -40,7 +40,7 @@ def serve(trusting: bool) -> None:
     async def main() -> None:
         security = None if trusting else Security(trust_loopback=False)
         limits = Limits(progress_timeout=PROGRESS, write_stall=STALL)
-        reply = bytes(300 * MIB)
+        reply = to_serialize(b"x" * (300 * MIB))  # passed to the kernel as it is, where bytes in a message are copied into it
         async with Server({"large": lambda: reply}, security=security, limits=limits) as server:
             print(await server.listen("tcp://127.0.0.1:0"), flush=True)
             await trio.to_thread.run_sync(sys.stdin.read)
@@ -215,7 +215,7 @@ def no_reader(victim: Victim) -> str:
         began = time.perf_counter()
         if not probe.poll(10_000):
             return "kept open"
-        return f"closed after {time.perf_counter() - began:.1f} s"
+        return f"reset after {time.perf_counter() - began:.1f} s"
 
 
 STRANGERS: dict[str, Callable[[Victim], str]] = {

@@ -32,7 +32,9 @@ def make_corpus() -> None:
     for name, frames in messages().items():
         packed = b"".join(len(frame).to_bytes(2, "little") + frame for frame in frames)
         (CORPUS / f"message-{name}").write_bytes(b"\2" + packed)
-    for number, text in enumerate(("tcp://127.0.0.1:8786", "tls://[::1]:0", "inproc://10.0.0.5/4711/1", "unix:///run/x", ":80", "a")):
+    for number, text in enumerate(
+        ("tcp://127.0.0.1:8786", "tls://[::1]:0", "inproc://10.0.0.5/4711/1", "unix:///run/x", ":80", "a")
+    ):
         (CORPUS / f"address-{number}").write_bytes(b"\3" + text.encode())
 
 

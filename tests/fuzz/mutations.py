@@ -17,7 +17,27 @@ __all__ = ["BYTE_STEPS", "FRAME_STEPS", "WEIRD", "mutate_bytes", "mutate_frames"
 Frames = list[bytes]
 Step = tuple[int, int, int]  # which one, where, with what
 
-_NUMBERS = (0, 1, 7, 8, 15, 16, 17, 24, 255, 2**16, 2**20 + 1, 2**26 + 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+_NUMBERS = (
+    0,
+    1,
+    7,
+    8,
+    15,
+    16,
+    17,
+    24,
+    255,
+    2**16,
+    2**20 + 1,
+    2**26 + 1,
+    2**31,
+    2**32 - 1,
+    2**40,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 
 
 def _nested(depth: int) -> Any:
@@ -35,9 +55,25 @@ WEIRD: tuple[Any, ...] = (
     *([], {}, [1], [[]], {"a": 1}, {1: 2}, {None: None}, [None] * 20, list(range(40)), _nested(60), _nested(400)),
     *("lz4", "zlib", "snappy", "zstd", "dask", "pickle", "msgpack", "error", "cuda", "list", "dict", "set", "tuple"),
     *("<i8", "<i0", "|O", "|V8", "<U1", "<M8[ns]", "<M8[0s]", "<f16", "|S2147483647", ">c16", "|T16", "<i8,<i8"),
-    *("d", "u", "w", "q", "@i", "P", "e", "builtins.KeyError", "builtins.UnicodeDecodeError", "builtins.SyntaxError", "uncaught-error"),
+    *(
+        "d",
+        "u",
+        "w",
+        "q",
+        "@i",
+        "P",
+        "e",
+        "builtins.KeyError",
+        "builtins.UnicodeDecodeError",
+        "builtins.SyntaxError",
+        "uncaught-error",
+    ),
     *({"__Serialized__": 1}, {"__Pickled__": 1}, {"__Serialized__": 0}, {"__Pickled__": 0}, {"__Set__": True, "as-list": [1, 1]}),
-    *({"__Set__": True, "as-list": [[], {}]}, {"__Set__": True, "as-list": [{"a": 1}]}, {"__Serialized__": True, "data": [{}, [b""]]}),
+    *(
+        {"__Set__": True, "as-list": [[], {}]},
+        {"__Set__": True, "as-list": [{"a": 1}]},
+        {"__Serialized__": True, "data": [{}, [b""]]},
+    ),
     {"__Enum__": True, "name": "running", "__module__": "distributed.core", "__name__": "Status"},
     {"__Enum__": True, "name": "mro", "__module__": "dask", "__name__": "__class__"},
     *(msgpack.ExtType(code, b"") for code in (0, 5, 127)),

@@ -25,24 +25,35 @@ _LOG = logging.getLogger("trio_dcore")
 
 
 class _Errors(logging.Handler):
-    """Collects what is logged as an error, as text."""
+    """Collects what is logged as an error, as text, and whatever can't be logged at all, at any level."""
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__()
         self.found: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.found.append(self.format(record))
+        try:
+            text = self.format(record)
+        except Exception as error:
+            self.found.append(f"{record.msg!r} can't be logged: {error!r}")
+        else:
+            if record.levelno >= logging.ERROR:
+                self.found.append(text)
 
 
 @contextmanager
 def no_errors_logged() -> Iterator[None]:
     handler = _Errors()
     _LOG.addHandler(handler)
+    level, propagate = _LOG.level, _LOG.propagate
+    _LOG.setLevel(logging.DEBUG)
+    _LOG.propagate = False
     try:
         yield
     finally:
         _LOG.removeHandler(handler)
+        _LOG.setLevel(level)
+        _LOG.propagate = propagate
     assert not handler.found, "\n".join(handler.found)
 
 

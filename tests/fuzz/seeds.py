@@ -66,6 +66,7 @@ _FRIEND = EncodeContext(extensions=True, compression="zlib", shard=1000)
 
 _SAFE_TYPES: dict[str, Any] = {
     "int": 2**70,
+    "huge": 1 << 20_000,  # repr() of it raises
     "complex": 1 + 2j,
     "decimal": decimal.Decimal("-12.50"),
     "uuid": uuid.UUID(int=5),
@@ -99,6 +100,39 @@ def _errors() -> Iterator[Exception]:
     yield noted
 
 
+def _huge(handshake: Any, header: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """An integer whose repr() raises, everywhere."""
+    huge = _SAFE_TYPES["huge"]
+    yield (
+        "ours-huge",
+        [
+            handshake,
+            *({"op": huge}, {"op": huge, KEY: {"id": 1}}, {"op": "echo", "reply": huge, KEY: {"id": huge}}, huge, {huge: huge}),
+            *({"op": "echo", "serializers": [huge]}, {"op": "echo", "serializers": huge}, {"op": "add", huge: 5, (huge, "x"): 7}),
+            {"op": "echo", KEY: {"id": 5, "deadline": huge, "window": [huge, huge]}},
+            *({"op": "count", KEY: {**header, "id": 6}}, [WINDOW, 6, huge], [WINDOW, huge, [huge, 1]], [huge, 6, huge]),
+        ],
+    )
+    yield (
+        "ours-huge-stream",
+        [handshake, {"op": "connection_stream", "reply": False}, [huge, {"op": huge}, {huge: 1}], {"op": huge}],
+    )
+    value = {"type": "builtins.OSError", "message": "m", "args": [huge, huge], "attributes": {"errno": huge, "a": [huge]}}
+    replies: tuple[Any, ...] = (
+        {"status": "uncaught-error", "exception": huge, "exception_text": huge},
+        {"status": "uncaught-error", KEY: {**value, "code": huge, "type": huge}},
+        {"status": "uncaught-error", KEY: value},
+        {"status": huge, huge: huge},
+        [REPLY, huge, huge],
+        [huge, 1, huge],
+        [ERROR, 1, {**value, "code": "limit", "limit": huge, "value": huge, "seen": huge}],
+        [ERROR, 1, {**value, "type": "builtins.KeyError", "message": ""}],
+        [ERROR, 1, huge],
+    )
+    for number, reply in enumerate(replies):
+        yield f"ours-huge-reply-{number}", [handshake, reply, reply]
+
+
 def _ours() -> Iterator[tuple[str, list[Any]]]:
     """What peers of ours send, as values: the name of each and the messages in order."""
     handshake = local_handshake(compression=None, window=(16, 2**20), pooled=True)
@@ -108,32 +142,51 @@ def _ours() -> Iterator[tuple[str, list[Any]]]:
         yield f"ours-type-{name.replace(' ', '-')}", [{"op": "echo", "x": value, "reply": True}]
     yield "ours-call", [handshake, {"op": "add", "x": 1, "y": 2, "reply": True, KEY: {"id": 1}}]
     header = {"id": 1, "deadline": 5.0, "stream": True, "window": [4, 2**16]}
-    yield "ours-stream", [handshake, {"op": "count", "n": 6, "reply": True, KEY: header}, [WINDOW, 1, [4, 1000]], [CANCEL, 1, None]]
-    yield "ours-both-ways", [
-        handshake,
-        {"op": "sums", "reply": True, KEY: header},
-        *([ITEM, 1, 5], [ITEMS, 1, [5, 6]], [PING, 1, None], [WINDOW, 1, [1, 1]], [END, 1, None]),
-        {"op": "identity", "reply": True, KEY: {"id": 2, "deadline": -1.0}},
-    ]
-    yield "ours-plain", [handshake, {"op": "echo", "x": [Serialize([b"1", {"a": np.arange(3)}]), {1, 2}], "serializers": ["dask"]}]
-    yield "ours-connection-stream", [
-        handshake,
-        {"op": "connection_stream", "reply": False},
-        [{"op": "note", "x": 1}, {"op": "note", "x": 2}],
-        [{"op": "close-stream"}],
-    ]
-    yield "ours-replies", [
-        handshake,
-        *([REPLY, 1, 3], [REPLY, 2, {"status": "OK"}], [PONG, 2, None], [ITEM, 3, 1], [ITEMS, 3, [1, 2]], [END, 3, None]),
-        [GOODBYE, 3, None],
-    ]
+    yield (
+        "ours-stream",
+        [handshake, {"op": "count", "n": 6, "reply": True, KEY: header}, [WINDOW, 1, [4, 1000]], [CANCEL, 1, None]],
+    )
+    yield (
+        "ours-both-ways",
+        [
+            handshake,
+            {"op": "sums", "reply": True, KEY: header},
+            *([ITEM, 1, 5], [ITEMS, 1, [5, 6]], [PING, 1, None], [WINDOW, 1, [1, 1]], [END, 1, None]),
+            {"op": "identity", "reply": True, KEY: {"id": 2, "deadline": -1.0}},
+        ],
+    )
+    yield from _huge(handshake, header)
+    yield (
+        "ours-plain",
+        [handshake, {"op": "echo", "x": [Serialize([b"1", {"a": np.arange(3)}]), {1, 2}], "serializers": ["dask"]}],
+    )
+    yield (
+        "ours-connection-stream",
+        [
+            handshake,
+            {"op": "connection_stream", "reply": False},
+            [{"op": "note", "x": 1}, {"op": "note", "x": 2}],
+            [{"op": "close-stream"}],
+        ],
+    )
+    yield (
+        "ours-replies",
+        [
+            handshake,
+            *([REPLY, 1, 3], [REPLY, 2, {"status": "OK"}], [PONG, 2, None], [ITEM, 3, 1], [ITEMS, 3, [1, 2]], [END, 3, None]),
+            [GOODBYE, 3, None],
+        ],
+    )
     for number, error in enumerate(_errors()):
         for trusted in (False, True):
-            yield f"ours-error-{number}-{trusted}", [
-                handshake,
-                error_reply(error, trusted=trusted, extension=trusted),
-                [ERROR, 1, error_value(error, trusted=trusted)],
-            ]
+            yield (
+                f"ours-error-{number}-{trusted}",
+                [
+                    handshake,
+                    error_reply(error, trusted=trusted, extension=trusted),
+                    [ERROR, 1, error_value(error, trusted=trusted)],
+                ],
+            )
 
 
 @functools.cache

@@ -50,15 +50,37 @@ def conversation() -> st.SearchStrategy[tuple[bytes, list[Step], bool]]:
 _KEYS = (
     *("op", "reply", "close", "serializers", "trio-dcore", "id", "deadline", "stream", "window", "version", "features", "pooled"),
     *("compression", "python", "pickle-protocol", "__Set__", "as-list", "__Enum__", "name", "__module__", "__name__"),
-    *("__Serialized__", "__Pickled__", "data", "serializer", "num-sub-frames", "split-num-sub-frames", "split-offsets", "writeable"),
+    *(
+        "__Serialized__",
+        "__Pickled__",
+        "data",
+        "serializer",
+        "num-sub-frames",
+        "split-num-sub-frames",
+        "split-offsets",
+        "writeable",
+    ),
     *("type", "type-serialized", "sub-header", "sub-headers", "is-collection", "frame-lengths", "key", "pickled-obj", "header"),
     *("dtype", "shape", "strides", "broadcast_to", "pickle", "matrix", "nframes", "data-header", "mask-header", "fill-value"),
     *("format", "typecode", "status", "exception", "traceback", "exception_text", "traceback_text"),
     *("code", "message", "mro", "notes", "args", "attributes", "errors", "reason", "limit", "value", "seen", "field", "path"),
 )
 _CODES = ("error", "unknown-op", "cancelled", "closing", "overloaded", "not-allowed", "limit", "unsafe", "serialization")
-_NAMES = ("builtins.OSError", "builtins.UnicodeDecodeError", "builtins.SyntaxError", "builtins.KeyError", "builtins.ImportError", "x.Y")
-_REPRS = ("ValueError('x')", "OSError(2, 'No such file')", "KeyError(", "X(1, [2], {'a': b'b'})", "UnicodeDecodeError('a', b'', 9, -9, '')")
+_NAMES = (
+    "builtins.OSError",
+    "builtins.UnicodeDecodeError",
+    "builtins.SyntaxError",
+    "builtins.KeyError",
+    "builtins.ImportError",
+    "x.Y",
+)
+_REPRS = (
+    "ValueError('x')",
+    "OSError(2, 'No such file')",
+    "KeyError(",
+    "X(1, [2], {'a': b'b'})",
+    "UnicodeDecodeError('a', b'', 9, -9, '')",
+)
 
 
 def values() -> st.SearchStrategy[Any]:
@@ -81,7 +103,9 @@ def values() -> st.SearchStrategy[Any]:
             st.dictionaries(st.sampled_from(_KEYS), inner, max_size=8),
             # More keys than are taken on trust, of a kind that can be made to collide.
             st.lists(inner, min_size=17, max_size=24),
-            st.builds(lambda base, step: {base + step * n: n for n in range(20)}, st.integers(0, 9), st.sampled_from((1, 2**20, 2**40))),
+            st.builds(
+                lambda base, step: {base + step * n: n for n in range(20)}, st.integers(0, 9), st.sampled_from((1, 2**20, 2**40))
+            ),
         )
 
     return st.recursive(leaves, containers, max_leaves=30)

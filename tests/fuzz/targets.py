@@ -212,7 +212,12 @@ def _sound_headers() -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(header, dict) and "num-sub-frames" in header:
                 sub_header = header.get("sub-header")
-                kind = *header, header.get("serializer"), header.get("type"), *(sub_header if isinstance(sub_header, dict) else ())
+                kind = (
+                    *header,
+                    header.get("serializer"),
+                    header.get("type"),
+                    *(sub_header if isinstance(sub_header, dict) else ()),
+                )
                 if kind not in seen:
                     seen.add(kind)
                     yield header
@@ -255,9 +260,16 @@ def decode(frames: Sequence[bytes], which: Sequence[int] = range(12)) -> None:
         value, failed = _attempt(lambda decoder=decoder: decoder.resolve([frames[0], *map(bytearray, frames[1:])]))  # type: ignore[misc]
         if not decoder.has_markers(frames) and refused is None:
             assert failed is None, f"the head can be read, and the message can't: {failed!r}"
-            assert repr(value) == repr(head)
+            assert _shown(value) == _shown(head)
         if failed is None:
             _used_as_value(value, trusted=number >= len(_DECODERS) // 2)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        return "?"
 
 
 def _used_as_head(head: object) -> None:

@@ -33,20 +33,20 @@ def changed(given: Given) -> bytes:
     trusted=st.booleans(),
     deserialize=st.booleans(),
 )
-@some(150)
+@some(80)
 def test_a_server_lives_on(given: list[tuple[Given, list[int], int]], trusted: bool, deserialize: bool) -> None:
     attacks = [(changed(each), sizes, ending) for each, sizes, ending in given]
     peers.attack_server(attacks, trusted=trusted, deserialize=deserialize)
 
 
 @given(given=conversation(), sizes=SIZES, ending=st.integers(0, 3), use=st.integers(0, 4), trusted=st.booleans())
-@some(250)
+@some(120)
 def test_a_client_lives_on(given: Given, sizes: list[int], ending: int, use: int, trusted: bool) -> None:
     peers.attack_client(changed(given), sizes, ending, use, trusted=trusted)
 
 
 @given(data=st.binary(max_size=200), sizes=SIZES, ending=st.integers(0, 3))
-@some(50)
+@some(25)
 def test_any_bytes(data: bytes, sizes: list[int], ending: int) -> None:
     peers.attack_server([(data, sizes, ending)], trusted=False)
     peers.attack_client(data, sizes, ending, ending, trusted=False)
@@ -55,8 +55,8 @@ def test_any_bytes(data: bytes, sizes: list[int], ending: int) -> None:
 @pytest.mark.parametrize("ending", range(len(peers.ENDINGS)))
 @pytest.mark.parametrize("trusted", [False, True])
 def test_every_conversation_as_it_is(ending: int, trusted: bool) -> None:
-    """To whom it wasn't meant, for the most part: the server gets a server's, and the client a client's."""
-    for number, data in enumerate(conversations().values()):
+    """To whom it wasn't meant, for the most part.  Each once: the rest is chance's."""
+    for number, data in enumerate([*conversations().values()][2 * ending + trusted :: 8]):
         peers.attack_server([(data, [], ending)], trusted=trusted)
         peers.attack_client(data, [], ending, number, trusted=trusted)
 

@@ -418,6 +418,14 @@ def test_a_strangers_payload_that_takes_a_pickle_is_not_loaded_and_its_place_is_
     assert not Canary.flown
 
 
+def test_a_fault_behind_very_many_values_is_not_looked_for() -> None:
+    """The place is a courtesy; looking for it must not take longer than decoding does."""
+    for size, field in ((1000, "[1000]"), (100_000, "")):
+        with pytest.raises(UnsafePayload) as caught:
+            loads(dumps([*range(size), Canary()]), STRANGE)
+        assert caught.value.field == field
+
+
 def test_a_pickle_as_key() -> None:
     frames = stock.dumps({"a": {dt.date(2024, 1, 1): 2}})
     with pytest.raises(UnsafePayload) as caught:

@@ -608,6 +608,16 @@ def test_any_bytes_are_an_error_of_ours(data: bytes) -> None:
     check(exception_from_reply(reply(data, exception_text="x"), allow_pickle=yes))
 
 
+@pytest.mark.parametrize("of", ["builtins.OSError", "builtins.KeyError", "x.Y"])
+def test_integers_that_can_not_be_printed(of: str) -> None:
+    """Whoever logs the error must not get another one from its repr()."""
+    huge = 1 << 20_000
+    value = {"type": of, "message": "m", "args": (huge, "b"), "attributes": {"errno": huge, "a": (huge,)}}
+    error = exception_from_value(value, allow_pickle=never)
+    check(error)
+    assert repr(error).endswith("(<int>, 'b')" if of != "x.Y" else "('x.Y: m')")
+
+
 def test_deep_nesting() -> None:
     deep: Any = {}
     for _ in range(50_000):

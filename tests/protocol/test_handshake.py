@@ -182,6 +182,8 @@ def test_the_text_says_what_was_there_in_few_words() -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         negotiate(LOCAL, {**STOCK, "python": [["x" * 10_000] * 10_000] * 1000})
     assert len(str(caught.value)) < 400
+    with pytest.raises(RemoteProtocolError, match="has a list as 'python'"):
+        negotiate(LOCAL, {**STOCK, "python": [1 << 20_000]})  # repr() of which raises
 
 
 values = st.recursive(

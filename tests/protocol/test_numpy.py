@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import msgpack
 import numpy as np
@@ -23,6 +24,7 @@ from trio_dcore.protocol import (
     RemoteProtocolError,
     SerializationError,
     UnsafePayload,
+    _numpy_dtypes,
 )
 from trio_dcore.protocol._families import bare_numpy, deserialize, needs_pickle, serialize
 from trio_dcore.protocol._numpy_dtypes import Unreadable, plain_dtype, read_dtype, read_scalar
@@ -472,6 +474,33 @@ class TestReadingDtypes:
         with pytest.raises(Unreadable, match=reason):
             read_dtype(pickle.dumps(value))
 
+    def test_never_shows_what_has_no_end(self) -> None:
+        """Tuples of the tuple before, twice: 60 of them take 240 bytes, and their repr() takes 2**60 steps."""
+        nested = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))
+        for code in (nested + b"\x8c\x05dtype\x93.", b"\x8c\x05numpy" + nested + b"\x93.", nested + b"."):
+            with pytest.raises(Unreadable):
+                read_dtype(b"\x80\x04" + code)
+
+    def test_a_short_pickle_does_not_build_thousands_of_wide_ones(self) -> None:
+        """A few bytes recall names and fields and build a dtype of them, again and again."""
+
+        def text(value: str) -> bytes:
+            return b"\x8c%c" % len(value) + value.encode()
+
+        def build(kind: str, state: bytes) -> bytes:
+            return b"h\0" + text(kind) + b"\x89\x88\x87R" + b"\x94" * (kind == "u1") + b"(K\3" + text("|") + state + b"K\0tb"
+
+        names = [text(f"{i:x}") for i in range(1000)]
+        start = text("numpy") + text("dtype") + b"\x93\x94" + build("u1", b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xff")
+        start += b"K\0\x86\x94" + b"(" + b"".join(names) + b"t\x94" + b"}\x94(" + b"".join(name + b"h\2" for name in names) + b"u"
+        data = b"\x80\x04" + start + 500 * build("V1", b"Nh\3h\4K\1K\1") + b"."
+        with (
+            mock.patch.object(_numpy_dtypes, "_structure", wraps=_numpy_dtypes._structure) as built,
+            pytest.raises(Unreadable, match="too many fields"),
+        ):
+            read_dtype(data)
+        assert built.call_count == 11
+
     @pytest.mark.parametrize(
         ("dtype", "text", "changes"),
         [
@@ -829,6 +858,54 @@ class TestLies:
     )
     def test_masked_is_not_passed_on(self, changes: dict[str, Any]) -> None:
         assert needs_pickle(header_of(MASKED["ints"], **changes)[0])
+
+    @pytest.mark.parametrize("dtype", [(0, "|u1"), (0, "<f8"), (1, pickle.dumps(np.dtype([("a", "?")])))], ids=repr)
+    def test_a_mask_of_another_type(self, dtype: Any) -> None:
+        """numpy would make a mask of it, with a byte for every item that the header tells of."""
+        mask = {"dtype": dtype, "shape": (1,), "strides": (0, 0), "broadcast_to": (2**20, 2**20), "writeable": [True]}
+        data = {**mask, "dtype": (0, "|u1")}
+        header, _ = header_of(MASKED["ints"], **{"data-header": data, "mask-header": mask})
+        with pytest.raises(RemoteProtocolError, match="isn't one of its data's type"):
+            deserialize(header, [bytearray(8), bytearray(8)], UNTRUSTED)
+
+    def test_a_mask_of_records_that_repeats_its_items(self) -> None:
+        """numpy copies it, so its size counts; one of bools it doesn't copy."""
+        what = (1, pickle.dumps(np.dtype([("a", "?")])))
+        mask = {"dtype": what, "shape": (1,), "strides": (0, 0), "broadcast_to": (2**20, 2**20), "writeable": [True]}
+        header, _ = header_of(MASKED["ints"], **{"data-header": mask, "mask-header": mask})
+        with pytest.raises(RemoteProtocolError, match="repeats its items"):
+            deserialize(header, [bytearray(8), bytearray(8)], UNTRUSTED)
+        plain = {**mask, "dtype": (0, "|b1")}
+        header, _ = header_of(MASKED["ints"], **{"data-header": plain, "mask-header": plain})
+        assert deserialize(header, [bytearray(8), bytearray(8)], UNTRUSTED).shape == (2**20, 2**20)
+
+    def test_a_mask_that_we_send_repeats_no_records(self) -> None:
+        array = np.ma.MaskedArray(np.zeros(1, [("a", "i4")]), mask=[(True,)])
+        repeated = np.broadcast_to(array, (3, 2), subok=True)
+        repeated.mask = np.broadcast_to(array.mask, (3, 2))
+        got = deserialize(*serialize(repeated, NO_PICKLE), UNTRUSTED)
+        assert got.shape == (3, 2)
+        assert got.mask["a"].all()
+
+    def test_items_that_did_not_come(self) -> None:
+        """An empty masked array has a fill value, which is as large as an item says it is."""
+        data = {"dtype": (0, "<U100000000"), "shape": (0,), "strides": (1,), "writeable": [True]}
+        header, _ = header_of(MASKED["no mask"], **{"data-header": data, "fill-value": (False, "x")})
+        with pytest.raises(RemoteProtocolError, match="400000000 bytes, and has none"):
+            deserialize(header, [b""], UNTRUSTED)
+
+    @pytest.mark.parametrize(("shape", "strides"), [((4, 4), (1, 1)), ((2, 7), (1, 1)), ((9, 3, 4), (0, 2, 1))], ids=repr)
+    def test_items_that_overlap(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        """Whoever copies such an array has more than came."""
+        header, frames = header_of(np.zeros(8, "u1"), shape=shape, strides=strides)
+        with pytest.raises(RemoteProtocolError, match="overlap"):
+            deserialize(header, frames, UNTRUSTED)
+
+    @pytest.mark.parametrize(("shape", "strides"), [((4, 2, 2), (0, 3, 1)), ((5, 2**40), (1, 0)), ((1, 8), (1, 1))], ids=repr)
+    def test_axes_that_repeat_one_item(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        """They have a stride of 0, and so a handler can tell them."""
+        header, frames = header_of(np.zeros(8, "u1"), shape=shape, strides=strides)
+        assert deserialize(header, frames, UNTRUSTED).shape == shape
 
     def test_masked_with_data_that_is_no_array(self) -> None:
         header, frames = header_of(MASKED["ints"], **{"data-header": {"pickle": True}})

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+#: Where the tests of a group are, or those of a row that are elsewhere.
 MODULES = {
     "a": "test_a_orderly_stop",
     "b": "test_b_cancelled",
@@ -21,6 +22,7 @@ MODULES = {
     "d": "test_d_calls_and_pool",
     "f": "test_f_handshake",
     "g": "test_g_bad_input",
+    **dict.fromkeys(("g08", "g09", "g11"), "test_g_payloads"),
     "h": "test_h_resources",
     "j": "test_j_deadlines",
     "k": "test_k_signals_and_runs",
@@ -50,7 +52,7 @@ class Catch:
     @property
     def module(self) -> str:
         """Where the test is."""
-        return MODULES[self.name[0]]
+        return MODULES.get(self.name[:3]) or MODULES[self.name[0]]
 
     @property
     def test(self) -> str:

@@ -54,16 +54,13 @@ async def test_a01_idle_server_closes_at_once(wire: Wire) -> None:
 @reference("A02", "m i t u l")
 async def test_a02_reply_delivered_within_grace(wire: Wire) -> None:
     journal = Journal()
-    outcome = Outcome()
-    async with wire.serving({"work": journal.handler(0.3, wire)}) as (server, address, returned), trio.open_nursery() as nursery:
-        remote = wire.client(address)
-        nursery.start_soon(outcome.of, remote.work)
-        await journal.started()
+    async with (
+        wire.serving({"work": journal.handler(0.3, wire)}) as (server, address, returned),
+        wire.calling(address, journal) as outcome,
+    ):
         with wire.lasts(0.3):
             server.stop(grace=5)  # real seconds: on a real clock, too, waiting for all of it would be too long
             await returned.wait()
-        await outcome.ended()
-        remote.close_comms()
     assert outcome.value == "done"
     assert journal.entries == ["started", "ended", "finally"]
 
@@ -100,16 +97,10 @@ async def test_a02_handlers_can_call_out_until_they_have_ended(wire: Wire) -> No
 @reference("A03", "m i t u l")
 async def test_a03_cancelled_when_grace_is_over(wire: Wire) -> None:
     journal = Journal()
-    outcome = Outcome()
-    async with wire.server({"work": journal.handler(60, wire)}) as (server, address), trio.open_nursery() as nursery:
-        remote = wire.client(address)
-        nursery.start_soon(outcome.of, remote.work)
-        await journal.started()
+    async with wire.server({"work": journal.handler(60, wire)}) as (server, address), wire.calling(address, journal) as outcome:
         with wire.takes(0.1):
             server.stop(grace=0.1)
             await server.finished()
-        await outcome.ended()
-        remote.close_comms()
     # Not a bare end of the connection.
     assert isinstance(outcome.error, HandlerCancelled)
     assert outcome.error.reason == "grace over"
@@ -306,11 +297,7 @@ async def test_a06_pipelined_on_a_raw_comm(wire: Wire) -> None:
 @reference("A07", "m i t u l")
 async def test_a07_closing_again_and_at_once(wire: Wire) -> None:
     journal = Journal()
-    outcome = Outcome()
-    async with wire.server({"work": journal.handler(1, wire)}) as (server, address), trio.open_nursery() as nursery:
-        remote = wire.client(address)
-        nursery.start_soon(outcome.of, remote.work)
-        await journal.started()
+    async with wire.server({"work": journal.handler(1, wire)}) as (server, address), wire.calling(address, journal) as outcome:
 
         async def close() -> None:
             await server.aclose(grace=30)
@@ -327,19 +314,13 @@ async def test_a07_closing_again_and_at_once(wire: Wire) -> None:
             await close()
             server.stop()
             await server.finished()
-        await outcome.ended()
-        remote.close_comms()
     assert outcome.value == "done"
 
 
 @reference("A08", "m i t u l")
 async def test_a08_a_later_stop_only_shortens(wire: Wire) -> None:
     journal = Journal()
-    outcome = Outcome()
-    async with wire.server({"work": journal.handler(60, wire)}) as (server, address), trio.open_nursery() as nursery:
-        remote = wire.client(address)
-        nursery.start_soon(outcome.of, remote.work)
-        await journal.started()
+    async with wire.server({"work": journal.handler(60, wire)}) as (server, address), wire.calling(address, journal) as outcome:
         with wire.takes(0.05):
             server.stop(5)
             server.stop(0.05)
@@ -348,8 +329,6 @@ async def test_a08_a_later_stop_only_shortens(wire: Wire) -> None:
             server.stop(math.inf)
             await server.finished()
         server.stop(1)
-        await outcome.ended()
-        remote.close_comms()
     assert isinstance(outcome.error, HandlerCancelled)
     assert journal.entries == ["started", "cancelled", "finally"]
 

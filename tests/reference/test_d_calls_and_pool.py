@@ -116,7 +116,7 @@ def listener_that_does_not_answer(wire: Wire) -> Iterator[str]:
     scheme, location = parse_address(where)
     family, name = (socket.AF_UNIX, location) if scheme == "unix" else (socket.AF_INET, ("127.0.0.1", 0))
     with socket.socket(family) as listener, socket.socket(family) as first:
-        listener.bind(name)  # type: ignore[arg-type]
+        listener.bind(name)
         listener.listen(0)
         first.connect(listener.getsockname())
         try:

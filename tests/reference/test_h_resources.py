@@ -57,7 +57,7 @@ def large() -> Any:
 async def test_h01_idle_connections_make_room(wire: Wire) -> None:
     journal = Journal()
     with idle_for_long_after(0.3), contextlib.ExitStack() as stack:
-        handlers = {"add": add, "work": journal.handler(10, wire)}
+        handlers = {"add": add, "work": journal.handler(7, wire)}
         async with wire.server(handlers, limits=Limits(connections=4)) as (server, address):
 
             def client() -> rpc:
@@ -170,14 +170,14 @@ async def test_h02_out_of_descriptors(wire: Wire) -> None:
                     sock.setblocking(False)
                     with contextlib.suppress(BlockingIOError):
                         sock.connect(location if scheme == "unix" else parse_host_port(location))
-                for _ in range(15):
+                for _ in range(7):  # more often than it looks whether there are some again
                     await trio.sleep(0.1)
                     # Existing work goes on.
                     await old.send({"op": "add", "x": 1, "y": 2})
                     assert await old.receive() == 3
                 assert server.statistics().connections == 1
                 loud = [record.getMessage() for record in wire.loud()]
-                assert 1 <= len(loud) <= 2, loud
+                assert len(loud) == 1, loud  # a second has not gone by yet
                 assert all("accepting on" in text and "Too many open files" in text for text in loud)
                 give_back()
                 with wire.now():
@@ -240,7 +240,7 @@ class Pouring:
 async def test_h03_a_client_that_reads_nothing(wire: Wire) -> None:
     """A handler's own writes block, for as long as it takes; with Limits.stream_stall the connection is closed."""
     for op in ("write", "generate"):
-        for stall in (None, 0.4):
+        for stall in (None, 0.25):
             pouring = Pouring()
             async with (
                 wire.server(pouring.handlers, limits=Limits(stream_stall=stall)) as (server, address),
@@ -253,7 +253,7 @@ async def test_h03_a_client_that_reads_nothing(wire: Wire) -> None:
                     await peer.send({"op": op})
                     await until(lambda server=server: server.statistics().in_flight)
                     if stall is None:
-                        await trio.sleep(0.5)
+                        await trio.sleep(0.25)
                         assert server.statistics().in_flight == 1
                         server.stop(0)
                     else:
@@ -275,13 +275,13 @@ async def test_h03_replies_that_nobody_reads(wire: Wire) -> None:
         pouring = Pouring()
         handlers = {**pouring.handlers, "drop": lambda: DROP}
         async with (
-            wire.server(handlers, limits=Limits(write_stall=0.4)) as (server, address),
+            wire.server(handlers, limits=Limits(write_stall=0.25)) as (server, address),
             wire.client(address) as bystander,
             await wire.manual(address) as peer,
         ):
             assert await bystander.add(x=1, y=2) == 3
             await peer.handshake()
-            with resident() as peak, wire.takes(0.4):
+            with resident() as peak, wire.takes(0.25):
                 await peer.send_bytes(count * ManualPeer.encode({"op": "reply" if count == 1 else "drop", "reply": True}))
                 await until(lambda server=server: server.statistics().connections == 1)
             assert peak.bytes < FLAT, peak
@@ -341,20 +341,20 @@ async def test_h04_a_server_that_reads_nothing(wire: Wire) -> None:
     async with wire.server({"ignore": ignore}) as (server, ours), wire.scripted(by_hand) as others:
         for address in (ours, others):
             poured = 0
-            with resident() as peak, trio.move_on_after(0.5) as scope:
+            with resident() as peak, trio.move_on_after(0.25) as scope:
                 async with await wire.connect(address) as comm:
                     await pour(comm)
             assert scope.cancelled_caught
             assert peak.bytes < FLAT, peak
             assert poured < POURED / 4
         poured = 0
-        with resident() as peak, trio.move_on_after(0.3) as scope:
+        with resident() as peak, trio.move_on_after(0.25) as scope:
             async with wire.client(ours) as remote:
                 await pour_into_stream(remote)
         assert scope.cancelled_caught
         assert peak.bytes < FLAT, peak
         assert poured < POURED / 4
-        with resident() as peak, trio.move_on_after(0.3) as scope:
+        with resident() as peak, trio.move_on_after(0.25) as scope:
             async with wire.client(others) as remote:
                 await call(remote)
         assert scope.cancelled_caught

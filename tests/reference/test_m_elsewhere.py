@@ -45,7 +45,7 @@ GROUPS = {
     "J": "test_j_deadlines",
     "N": "test_n_sweeps",
 }
-for _module in GROUPS.values():
+for _module in (*GROUPS.values(), "test_g_payloads"):
     importlib.import_module(f"tests.reference.{_module}")
 
 # What has nothing to do with how connections are made need not be run once more.

@@ -185,6 +185,7 @@ def test_the_tables_are_as_the_controls_are() -> None:
 
 
 def test_those_that_catch_are_reference_tests() -> None:
+    assert all(callable(catch.function) for catch in CATCHES.values())  # their modules are imported then
     reference = {test for row in kit.COVERED.values() for tests in row.values() for test in tests}
     named = {f"tests.reference.{catch.module}.test_{catch.name}" for catch in CATCHES.values()}
     assert named <= reference

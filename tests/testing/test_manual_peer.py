@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from tests.reference.identities import ours
 from trio_dcore import CommClosedError, Server
 from trio_dcore.testing import ManualPeer, MemoryNetwork, memory_network, no_leaks
 
@@ -42,6 +46,24 @@ async def test_a_peer_with_the_extension(where: str) -> None:
         await peer.handshake(extension=True)
         await peer.send({"op": "add", "x": 1, "y": 2, "reply": True, "trio-dcore": {"id": 1}})
         assert await peer.receive() == (0, 1, 3)
+
+
+async def test_over_unix_and_tls() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        places = [f"unix://{folder}/sock", "tls://127.0.0.1:0"]
+        if sys.platform == "linux":
+            places.append(f"unix://@{Path(folder).name}")
+        for place in places:
+            context = ours().context("client") if place.startswith("tls") else None
+            async with no_leaks(), Server({"add": lambda x, y: x + y}, security=ours().security()) as server:
+                address = await server.listen(place)
+                async with await ManualPeer.connect(address, ssl_context=context) as peer:
+                    await peer.handshake()
+                    await peer.send({"op": "add", "x": 1, "y": 2})
+                    assert await peer.receive() == 3
+                await server.aclose()
+                with pytest.raises(OSError, match="refused|No such file|failed"):
+                    await ManualPeer.connect(address)
 
 
 async def test_a_handshake_can_be_changed() -> None:

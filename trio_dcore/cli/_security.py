@@ -16,7 +16,9 @@ _TLS = ("tls_ca_file", "tls_cert", "tls_key")
 def add_security_options(parser: argparse.ArgumentParser) -> None:
     """Give a command the options ``--tls-ca-file``, ``--tls-cert``, ``--tls-key`` (Dask's names) and ``--pickle``."""
     group = parser.add_argument_group("trust", "tls:// addresses need all three files; both ends prove who they are.")
-    group.add_argument("--tls-ca-file", metavar="FILE", help="PEM file of the authority that must have signed the peer's certificate")
+    group.add_argument(
+        "--tls-ca-file", metavar="FILE", help="PEM file of the authority that must have signed the peer's certificate"
+    )
     group.add_argument("--tls-cert", metavar="FILE", help="PEM file with our own certificate")
     group.add_argument("--tls-key", metavar="FILE", help="PEM file with its private key")
     group.add_argument(

@@ -278,10 +278,10 @@ async def send_recv(
     except (SerializationError, UnsafePayload):
         raise
     except (CommClosedError, trio.ClosedResourceError) as error:
-        comm.abort()
+        comm.cut()
         raise closed_error(op, comm.peer_address, error) from error
     except BaseException:
-        comm.abort()
+        comm.cut()
         raise
     if close:
         await comm.aclose()

@@ -309,7 +309,7 @@ class ConnectionPool:
     def discard(self, comm: BaseComm) -> None:
         """A call is over and its comm must not be used again.  Not a checkpoint."""
         self._policy.discard(comm)
-        comm.abort()
+        comm.cut()
 
 
 async def _connect_once(address: str, settings: CommSettings, timeout: float | None) -> BaseComm:

@@ -172,6 +172,10 @@ class BaseComm(Comm):
     def give_up(self, error: Exception) -> None:
         """Close at once because of ``error``, which is the peer's doing and is noted as ``fault``.  Not a checkpoint."""
 
+    def cut(self) -> None:
+        """:meth:`abort`, for a client whose request was interrupted: the server learns of it also if it reads nothing."""
+        self.abort()
+
     @abstractmethod
     def stale(self) -> bool:
         """Whether an idle comm must not be used again: closed, ended, or with something to read that nobody asked for."""

@@ -379,7 +379,8 @@ class FramedComm(BaseComm):
                 if seconds is not None and isinstance(error, trio.TooSlowError):
                     raise self._stalled(stall, seconds) from None
                 if pump.partial:
-                    self._doom("a write was interrupted in the middle of a message")
+                    # A server that doesn't read is to learn of it all the same: what it works for has been cancelled.
+                    self._doom("a write was interrupted in the middle of a message", reset=not self.serving)
                 else:
                     self._owed[:0] = owed
                 raise
@@ -454,15 +455,18 @@ class FramedComm(BaseComm):
 
     # -- closing ----------------------------------------------------------------------------------------------------------------
 
-    def _doom(self, why: str) -> None:
+    def _doom(self, why: str, *, reset: bool = False) -> None:
         """Close at once because the comm can't be used any more."""
         self._closed = self._closed or why
         self._owed.clear()
-        self._pump.abort()
+        self._pump.abort(reset=reset)
 
     def give_up(self, error: Exception) -> None:
         self.fault = self.fault or str(error)
-        self._doom(str(error))
+        self._doom(str(error), reset=True)
+
+    def cut(self) -> None:
+        self._doom(_CLOSED_HERE, reset=True)
 
     def _closed_error(self, *, nothing_sent: bool = False) -> Exception:
         why = self._closed or self._broken

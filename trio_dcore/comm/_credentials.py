@@ -32,6 +32,7 @@ these moments, since it waits for a handshake itself; later it may have sent its
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
@@ -179,8 +180,9 @@ def _check_connected(sock: socket.socket) -> None:
         raise _Doubt("it has closed its end, so that the system does not tell who it was")
 
 
+@functools.cache
 def _overflow_uid() -> int:
-    """As whom users appear who have no number in this user namespace."""
+    """As whom users appear who have no number in this user namespace.  (Asked for once: nobody changes it on a running system.)"""
     with open(f"{_PROC}/sys/kernel/overflowuid", "rb") as file:
         return int(file.read(32))
 

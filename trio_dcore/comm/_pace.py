@@ -23,7 +23,7 @@ if sys.platform != "win32":
     import fcntl
     import termios
 
-__all__ = ["acquire_within", "pull_rest", "stalled", "writable_within"]
+__all__ = ["acquire_within", "pull_rest", "stalled", "untaken", "writable_within"]
 
 # A socket is writable only when a third of its buffer is free, which may be megabytes: a peer that reads slowly, but reads, is told
 # from one that doesn't by looking so many times whether the rest has become less.
@@ -97,21 +97,21 @@ async def writable_within(sock: socket.socket, seconds: float) -> None:
     """
     now = trio.current_time()
     due = now + seconds
-    left = _unsent(sock)
+    left = untaken(sock)
     while True:
         with trio.CancelScope(deadline=min(due, now + seconds / _LOOKS)) as scope:
             await wait_writable(sock)
         if not scope.cancelled_caught:
             return
         now = trio.current_time()
-        before, left = left, _unsent(sock)
+        before, left = left, untaken(sock)
         if left < before:
             due = now + seconds
         elif now >= due:
             raise trio.TooSlowError
 
 
-def _unsent(sock: socket.socket) -> int:
+def untaken(sock: socket.socket) -> int:
     """Bytes that the kernel has and the peer's has not; 0 where the system doesn't tell."""
     if sys.platform == "win32":
         return 0

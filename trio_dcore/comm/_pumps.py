@@ -11,6 +11,8 @@ import inspect
 import logging
 import select
 import socket
+import struct
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -20,12 +22,14 @@ from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writab
 from ..protocol._context import Buffer
 from ..protocol._frames import FrameParser
 from ..protocol._limits import KiB, MiB
-from ._pace import pull_rest, writable_within
+from ._pace import pull_rest, untaken, writable_within
 
 _log = logging.getLogger("trio_dcore.comm")
 
 __all__ = ["Pump", "SocketPump", "StreamPump"]
 
+# struct linger: on, and no time for it.
+_RESET = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 # Milliseconds, in a C int.
 _LONGEST = 2**31 - 1
 # A small first read is measurably cheaper than a large one: CPython allocates the whole buffer and then shrinks it.
@@ -131,8 +135,13 @@ class Pump(ABC):
         """Have the system end the connection when what was sent stays unacknowledged for so long, if it can."""
 
     @abstractmethod
-    def abort(self) -> None:
-        """Close at once.  Does nothing the second time."""
+    def abort(self, *, reset: bool = False) -> None:
+        """Close at once.  Does nothing the second time.
+
+        Args:
+            reset: where the peer has not taken all that was sent, drop that, and tell it by a reset if there is such a thing.  Else
+                it learns of the end behind what it has not read, and if it reads nothing, never.
+        """
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -281,10 +290,12 @@ class SocketPump(Pump):
             return True
         return True
 
-    def abort(self) -> None:
+    def abort(self, *, reset: bool = False) -> None:
         sock = self.socket
         if sock.fileno() == -1:
             return
+        if reset and untaken(sock):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         try:
             trio.lowlevel.notify_closing(sock)
         except RuntimeError:
@@ -389,7 +400,7 @@ class StreamPump(Pump):
         self._ahead = None
         return True
 
-    def abort(self) -> None:
+    def abort(self, *, reset: bool = False) -> None:
         if self._closed:
             return
         self._closed = True

@@ -183,5 +183,8 @@ def _wrong(key: str, value: object, wanted: str) -> RemoteProtocolError:
 def _shown(value: object) -> str:
     """A peer's value for an error message, whatever its size."""
     # Of a map the size only: reprlib would sort all of its keys.
-    text = f"a map of {len(value)}" if isinstance(value, dict) else short(value)
+    try:
+        text = f"a map of {len(value)}" if isinstance(value, dict) else short(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 200 else text[:199] + "…"

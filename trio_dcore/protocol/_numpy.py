@@ -12,7 +12,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ._buffers import flat
+from ._buffers import flat, nbytes
 from ._context import Buffer, DecodeContext, EncodeContext
 from ._errors import RemoteProtocolError, SerializationError, UnsafePayload
 from ._numpy_dtypes import Unreadable, plain_dtype, read_dtype, read_scalar
@@ -132,7 +132,10 @@ def _dump_masked(array: np.ma.MaskedArray[Any, Any], ctx: EncodeContext) -> tupl
     data_header, frames = _dump_array(array.data, ctx, dtype_protocol=4)
     header: Header = {"data-header": data_header, "nframes": len(frames)}
     if array.mask is not np.ma.nomask:
-        header["mask-header"], mask_frames = _dump_array(np.asarray(array.mask), ctx, dtype_protocol=4)
+        mask = np.asarray(array.mask)
+        if mask.dtype.names is not None:
+            mask = np.ascontiguousarray(mask).reshape(mask.shape)  # see _load_masked
+        header["mask-header"], mask_frames = _dump_array(mask, ctx, dtype_protocol=4)
         frames += mask_frames
     fill: Any = array.fill_value
     if isinstance(fill, (np.integer, np.floating, np.bool_)) and type(fill.item()) in (int, float, bool):
@@ -290,8 +293,10 @@ def _load_masked(header: Header, frames: list[Buffer], ctx: DecodeContext) -> An
         if not isinstance(data, np.ndarray) or not isinstance(mask, np.ndarray) or mask.shape != data.shape:
             raise _wrong("has a mask of another shape than its data")
         if mask.dtype != np.ma.make_mask_descr(data.dtype):
-            # It would be copied, item by item, although the header may tell of more of them than came.
             raise _wrong("has a mask that isn't one of its data's type")
+        if mask.dtype.names is not None and mask.nbytes > sum(map(nbytes, frames[count:])):
+            # numpy copies such a mask item by item, and a header may tell of any number that repeat one.
+            raise _wrong("has a mask of records that repeats its items")
     if isinstance(data, np.ndarray) and not data.size and data.dtype.itemsize > _MAX_EMPTY_ITEM:
         # No such item came, and yet one would be made as the fill value.
         raise _wrong(f"tells of items of {data.dtype.itemsize} bytes, and has none")

@@ -74,7 +74,7 @@ class _Adapted(RemoteError):
         return self.message
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, args_of(self)))})"
+        return f"{type(self).__name__}({', '.join(map(_shown, args_of(self)))})"
 
     def __setattr__(self, name: str, value: object) -> None:
         # A frozen T would refuse even __traceback__, which contextlib and others set.
@@ -87,6 +87,13 @@ class _Adapted(RemoteError):
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return self.__reduce__()
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:  # a repr() of the user's, or a peer's integer with more digits than Python prints
+        return f"<{type(value).__name__}>"
 
 
 def class_name(cls: type) -> str:
