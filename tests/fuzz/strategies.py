@@ -9,8 +9,8 @@ import msgpack
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from .mutations import WEIRD, Step
-from .seeds import conversations, messages
+from tests.fuzz.mutations import WEIRD, Step
+from tests.fuzz.seeds import conversations, messages
 
 __all__ = ["SIZES", "conversation", "frames", "some", "values"]
 

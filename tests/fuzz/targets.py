@@ -17,6 +17,7 @@ from unittest import mock
 
 import msgpack
 
+from tests.fuzz.seeds import messages
 from trio_dcore.comm import (
     coerce_to_address,
     get_address_host_port,
@@ -51,8 +52,6 @@ from trio_dcore.protocol import (
 from trio_dcore.protocol._envelope import KEY, parse_credit, parse_envelope, parse_request_header
 from trio_dcore.protocol._families import needs_pickle
 from trio_dcore.protocol._frames import HANDSHAKE, looks_like
-
-from .seeds import messages
 
 __all__ = ["HEADERS", "OURS", "Found", "address", "decode", "decode_once", "harmless_pickles", "run", "stream"]
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from . import peers, targets
-from .mutations import Step, mutate_bytes
-from .seeds import conversations, frames_in, wire
-from .strategies import SIZES, conversation, some
+from tests.fuzz import peers, targets
+from tests.fuzz.mutations import Step, mutate_bytes
+from tests.fuzz.seeds import conversations, frames_in, wire
+from tests.fuzz.strategies import SIZES, conversation, some
 
 Given = tuple[bytes, list[Step], bool]
 

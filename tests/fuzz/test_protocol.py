@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fuzz import targets
+from tests.fuzz.mutations import BYTE_STEPS, FRAME_STEPS, Step, mutate_bytes, mutate_frames
+from tests.fuzz.seeds import conversations, frames_in, messages, wire
+from tests.fuzz.strategies import SIZES, conversation, frames, packed, some, values
 from trio_dcore.protocol import DecodeContext, Decoder
-
-from . import targets
-from .mutations import BYTE_STEPS, FRAME_STEPS, Step, mutate_bytes, mutate_frames
-from .seeds import conversations, frames_in, messages, wire
-from .strategies import SIZES, conversation, frames, packed, some, values
 
 CORPUS = Path(__file__).parent / "corpus"
 
