@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,7 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -47,6 +58,33 @@ def test_programs_run(name: str) -> None:
     assert run.stdout
     if name in OUTPUTS:
         assert sorted(run.stdout.splitlines()) == sorted(OUTPUTS[name].splitlines())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command is not installed")
+def test_the_commands_that_make_certificates(tmp_path: Path) -> None:
+    """As the page says: make them, serve with them, and ping."""
+    blocks = [
+        text for language, text in FENCE.findall((ROOT / "docs" / "securing.md").read_text(encoding="utf-8")) if language == "sh"
+    ]
+    making, using = blocks
+    subprocess.run(["sh", "-euc", making], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    serve, ping = (shlex.split(line) for line in using.splitlines())
+    (tmp_path / "my_module.py").write_text("handlers = {}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "trio_dcore.cli"]
+    serve[serve.index("tls://:8786")] = "tls://127.0.0.1:0"
+    server = subprocess.Popen([*command, *serve[1:]], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[-1]
+        ping[ping.index("tls://node1.example.org:8786")] = address
+        answer = subprocess.run([*command, *ping[1:]], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert address in answer.stdout
+    finally:
+        server.terminate()
+        _, log = server.communicate(timeout=30)
+    assert server.returncode == 0
+    assert "certificate" in log  # who is trusted
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -114,6 +114,6 @@ def values() -> st.SearchStrategy[Any]:
 def packed(value: Any) -> bytes:
     """The msgpack of a value, or of its repr() if it has none."""
     try:
-        return msgpack.packb(value)
+        return bytes(msgpack.packb(value))
     except (ValueError, TypeError, OverflowError):  # nested too deeply
-        return msgpack.packb(repr(value))
+        return bytes(msgpack.packb(repr(value)))

@@ -79,7 +79,7 @@ class Found:
         return Found(*args)
 
 
-class _Harmless(pickle._Unpickler):  # type: ignore[name-defined]  # the one in Python: it takes no memory for a mere number
+class _Harmless(pickle._Unpickler):  # the one in Python: it takes no memory for a mere number
     def find_class(self, module: str, name: str) -> Any:
         kind = getattr(__import__("builtins"), name, None) if module == "builtins" else None
         return kind if isinstance(kind, type) and issubclass(kind, BaseException) else Found
@@ -170,7 +170,11 @@ def _feed(data: bytes, sizes: Sequence[int], *, trusted: bool, first: int | None
             room = parser.want()
             if room is None:
                 piece = data[position : position + size]
-                frames = parser.receive(piece) if number % 2 else parser.feed(piece) or parser.next_message()
+                if number % 2:
+                    frames = parser.receive(piece)
+                else:
+                    parser.feed(piece)
+                    frames = parser.next_message()
             else:
                 piece = data[position : position + min(size, len(room))]
                 room[: len(piece)] = piece

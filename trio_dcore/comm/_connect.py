@@ -36,7 +36,7 @@ async def connect(
 
     Args:
         address: e.g. ``"tcp://127.0.0.1:8786"``; without a scheme it is ``tcp://``.
-        security: whom to trust; the default trusts this process and this machine's loopback interface.
+        security: whom to trust, and what ``tls://`` uses; the default trusts this process and those of this user on this machine.
         limits: what is accepted of the peer.
         deserialize: False leaves ``Serialize`` payloads as ``Serialized`` objects, to be passed on unchanged.
         timeout: seconds for connecting *and* the handshake, all attempts together; None for ever.

@@ -6,7 +6,6 @@ decompression is known, or bounded, before memory is taken for it.
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable
 from importlib import import_module
@@ -29,6 +28,10 @@ _MIN_RATIO = 0.7
 _LZ4_RATIO = 255
 _SNAPPY_RATIO = 64  # a three-byte element copies up to 64 bytes
 _ZSTD_RATIO = 2**15  # four bytes are a block of one byte repeated, at most 128 KiB
+
+# Input given to zlib at a time, and the most that it gives back at once.
+_ZLIB_STEP = 64 * 2**10
+_ZLIB_PIECE = 256 * 2**10
 
 # Input given to zstd at a time where the frame doesn't say its size: one step gives at most this times the ratio.
 _ZSTD_STEP = 256
@@ -221,12 +224,24 @@ def _zlib(module: Any, frame: Buffer, budget: Budget) -> Buffer:
     given = nbytes(frame)
     room = budget.room(given)
     decompressor = zlib.decompressobj()
-    out = decompressor.decompress(frame, 0 if room is None else min(room + 1, sys.maxsize))
-    budget.grow(given, len(out))
+    view = memoryview(frame)
+    out = bytearray()
+    # Bit by bit, since nothing tells how much it becomes: what is over the limit is then noticed at the limit, and not at twice that.
+    for start in range(0, given, _ZLIB_STEP):
+        piece: Any = view[start : start + _ZLIB_STEP]
+        while piece:
+            out += decompressor.decompress(piece, _ZLIB_PIECE)
+            if room is not None and len(out) > room:
+                raise budget.exceeded(given, len(out))
+            piece = decompressor.unconsumed_tail
+        if decompressor.eof:
+            if start + _ZLIB_STEP < given or decompressor.unused_data:
+                raise RemoteProtocolError("a payload frame has bytes behind its zlib data")
+            break
+    out += decompressor.flush()
     if not decompressor.eof:
         raise RemoteProtocolError("a payload frame of zlib data is cut off")
-    if decompressor.unused_data:
-        raise RemoteProtocolError("a payload frame has bytes behind its zlib data")
+    budget.grow(given, len(out))
     return out
 
 
