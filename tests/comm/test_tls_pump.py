@@ -612,7 +612,7 @@ async def test_a_write_that_is_cancelled_in_the_middle_closes_the_comm() -> None
             await client.write(bytes(20 * MUCH))
         assert scope.cancelled_caught
         assert client.closed()
-        with pytest.raises(CommClosedError, match="in the middle of a message"):
+        with pytest.raises(CommClosedError, match="in the middle of a message|reset by peer"):
             await server.read()
 
 

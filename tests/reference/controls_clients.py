@@ -144,9 +144,9 @@ def uses_dirty_comms_again(patch: pytest.MonkeyPatch) -> None:
 )
 def keeps_half_messages(patch: pytest.MonkeyPatch) -> None:
     @wrap(patch, FramedComm, "_doom")
-    def doom(original: Any, comm: FramedComm, why: str) -> None:
+    def doom(original: Any, comm: FramedComm, why: str, **options: Any) -> None:
         if "interrupted" not in why:
-            original(comm, why)
+            original(comm, why, **options)
 
 
 @control(
