@@ -28,12 +28,14 @@ class Group:
         same_cpu: server and client share one CPU, as the target of the group asks for.
         warm_up: measure everything once before it counts.  A virtual machine gets much of its memory from its host only when that
             is first touched, at a fifth of the speed, and the first probe that needs so much of it would pay for all.
+        fresh: each measurement has processes of its own, for memory that a process has freed and uses again is not seen.
     """
 
     name: str
     probes: tuple[Probe, ...]
     same_cpu: bool = False
     warm_up: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +195,29 @@ CASES: tuple[Case, ...] = (
     _in_flight(64),
     _in_flight(512),
     Case(
+        "T4",
+        "a generator's items through .stream(), against a comm.write loop",
+        Group(
+            "stream",
+            _rows(
+                "stream",
+                {
+                    "ours": ("ours", {}),
+                    "ours, window of 256": ("ours", {"window": 256}),
+                    "ours, window of 1024": ("ours", {"window": 1024}),
+                    "stock": ("stock", {}),
+                },
+                count=40_000,
+            ),
+        ),
+        {"rate": "items/s"},
+        (
+            # A window of 16 items is no more than 16 for a round trip: for ten times the rate the consumer has to allow more.
+            Target("rate", "ours", "stock", at_least=2.0),
+            Target("rate", "ours, window of 1024", "stock", at_least=10.0),
+        ),
+    ),
+    Case(
         "T5",
         "comm.write / comm.read loop, small messages",
         Group("messages", _rows("messages", _PLAIN, count=10_000)),
@@ -218,6 +243,13 @@ CASES: tuple[Case, ...] = (
         Group("connecting", _rows("connecting", _PLAIN, count=150)),
         {"p50": "µs"},
         (Target("p50", "ours", "stock", at_most=0.6),),
+    ),
+    Case(
+        "T8",
+        "2 000 idle connections",
+        Group("idle", _rows("idle", _PLAIN, connections=2000, count=400), same_cpu=True, fresh=True),
+        {"memory": "KiB of the server for each", "slower": "times the latency of a call"},
+        (Target("memory", "ours", at_most=12.0), Target("slower", "ours", at_most=1.1)),
     ),
     Case(
         "T11",

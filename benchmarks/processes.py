@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["ChildFailed", "MemoryWatch", "Peer", "cpu_seconds", "raise_file_limit"]
+__all__ = ["ChildFailed", "MemoryWatch", "Peer", "cpu_seconds", "raise_file_limit", "resident"]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,6 +36,11 @@ def cpu_seconds(pid: int = 0) -> float:
         return time.process_time()
     # clock_getcpuclockid(3) on Linux: the clock of a process is its complemented pid, shifted, with CPUCLOCK_SCHED (2).
     return time.clock_gettime((~pid << 3) | 2)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has now."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class MemoryWatch:

@@ -55,12 +55,16 @@ class _Bench:
 
     def __init__(self, stack: contextlib.ExitStack, systems: Sequence[str], pin: str, environ: dict[str, str]) -> None:
         self._pin = pin
+        self._environ = environ
         self._cpu = max(os.sched_getaffinity(0))
         self._pairs: dict[str, tuple[Peer, Peer, str]] = {}
         for system in systems:
-            server = stack.enter_context(Peer("server", system, environ=environ))
-            client = stack.enter_context(Peer("client", system, environ=environ))
-            self._pairs[system] = (server, client, server.hear()["address"])
+            self._pairs[system] = self._start(stack, system)
+
+    def _start(self, stack: contextlib.ExitStack, system: str) -> tuple[Peer, Peer, str]:
+        server = stack.enter_context(Peer("server", system, environ=self._environ))
+        client = stack.enter_context(Peer("client", system, environ=self._environ))
+        return server, client, server.hear()["address"]
 
     def rounds(self, group: Group, probes: Sequence[Probe], count: int) -> list[Round]:
         """Measure a group's probes in turns."""
@@ -78,7 +82,11 @@ class _Bench:
     def _measure(self, group: Group, probe: Probe) -> dict[str, float]:
         if probe.work == "import":
             return {"import": imports.seconds(probe.label) - imports.seconds("interpreter")}
-        server, client, address = self._pairs[probe.system]
+        pair = self._pairs[probe.system]
+        with contextlib.ExitStack() as stack:
+            return self._ask(group, probe, *(self._start(stack, probe.system) if group.fresh else pair))
+
+    def _ask(self, group: Group, probe: Probe, server: Peer, client: Peer, address: str) -> dict[str, float]:
         one_cpu = self._pin == "all" or (self._pin == "target" and group.same_cpu)
         cpu = self._cpu if one_cpu else None
         with server.on_cpu(cpu), client.on_cpu(cpu):

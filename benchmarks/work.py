@@ -10,8 +10,8 @@ import statistics
 import time
 from typing import Any
 
-from .processes import MemoryWatch, cpu_seconds
-from .systems import BulkSystem, Link, System
+from .processes import MemoryWatch, cpu_seconds, resident
+from .systems import BulkSystem, Link, StreamSystem, System
 
 __all__ = ["WORK"]
 
@@ -81,6 +81,41 @@ async def connecting(system: System, address: str, server: int, *, count: int) -
     return {"p50": statistics.median(laps)}
 
 
+async def idle(system: System, address: str, server: int, *, connections: int, count: int) -> dict[str, float]:
+    """T8: what connections cost that do nothing, in the server's memory and in the time of a call on one of them.
+
+    Each has carried a call, as those of a pool have.  Memory in KiB, for a server in which nothing has been freed yet.
+    """
+
+    async def latency(link: Link) -> float:
+        for _ in range(count // 4):
+            await link.call()
+        clock = time.perf_counter
+        laps = []
+        for _ in range(count):
+            start = clock()
+            await link.call()
+            laps.append(clock() - start)
+        return statistics.median(laps)
+
+    alone = await system.open(address, "comm", "add")
+    before = await latency(alone)
+    memory = resident(server)
+    links = []
+    for _ in range(connections):
+        link = await system.open(address, "comm", "add")
+        await link.call()
+        links.append(link)
+    memory = resident(server) - memory
+    among = await latency(links[connections // 2])
+    for link in links:
+        await link.aclose()
+    # Once more, so that a machine that becomes slower or faster meanwhile does so to both.
+    after = await latency(alone)
+    await alone.aclose()
+    return {"memory": memory / 1024 / connections, "slower": 2 * among / (before + after)}
+
+
 async def messages(system: System, address: str, server: int, *, count: int) -> dict[str, float]:
     """T5: the server's ``comm.write`` loop, read by the client's ``comm.read`` loop."""
     begin = 0.0
@@ -90,6 +125,18 @@ async def messages(system: System, address: str, server: int, *, count: int) -> 
         begin = time.perf_counter()
 
     await system.drain(address, count, start)
+    return {"rate": (count - 1) / (time.perf_counter() - begin)}
+
+
+async def stream(system: StreamSystem, address: str, server: int, *, count: int, window: int | None = None) -> dict[str, float]:
+    """T4: small items of one handler, one after the other."""
+    begin = 0.0
+
+    def start() -> None:
+        nonlocal begin
+        begin = time.perf_counter()
+
+    await system.stream(address, count, window, start)
     return {"rate": (count - 1) / (time.perf_counter() - begin)}
 
 
@@ -123,7 +170,9 @@ WORK: dict[str, Any] = {
     "small_call": small_call,
     "in_flight": in_flight,
     "connecting": connecting,
+    "idle": idle,
     "messages": messages,
+    "stream": stream,
     "echo": echo,
     "one_way": one_way,
 }

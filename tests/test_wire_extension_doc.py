@@ -107,11 +107,11 @@ def test_links_inside_the_page_lead_somewhere() -> None:
 
 
 def test_the_handshake() -> None:
-    longest = local_handshake(compression=None, window=(16, 2**20), pooled=True)["trio-dcore"]
+    longest = local_handshake(compression=None, window=(16, 2**20), pooled=True, ping=0.5)["trio-dcore"]
     assert [names(row["key"]) for row in table(1, "key")] == [[key] for key in longest]
     for key in longest:
         shorter = {**HANDSHAKE, "trio-dcore": {other: longest[other] for other in longest if other != key}}
-        if key == "pooled":
+        if key in ("pooled", "ping"):
             assert negotiate(HANDSHAKE, shorter).extension is not None
         else:
             with pytest.raises(RemoteProtocolError):

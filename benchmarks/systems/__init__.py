@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
-__all__ = ["NAMES", "AsyncFn", "BulkSystem", "Call", "Link", "System", "load"]
+__all__ = ["NAMES", "AsyncFn", "BulkSystem", "Call", "Link", "StreamSystem", "System", "load"]
 
 #: Module names below this package.
 NAMES = ("ours", "ours_unix", "raw", "stock")
@@ -55,6 +55,20 @@ class BulkSystem(System, Protocol):
 
     async def sink(self, address: str, size: int, begin: Callable[[], None], end: Callable[[], None]) -> None:
         """Send one array of ``size`` bytes one way; ``begin`` and ``end`` are called right before and after."""
+
+
+class StreamSystem(System, Protocol):
+    """A system that streams."""
+
+    async def stream(self, address: str, count: int, window: int | None, start: Callable[[], None]) -> None:
+        """Have a handler send ``count`` small items and take them; ``start`` is called at the first one.
+
+        Args:
+            address: the server's.
+            count: how many items.
+            window: items that may be on their way or unread, where the system has such a thing; None is its default.
+            start: see above.
+        """
 
 
 def load(name: str) -> System:

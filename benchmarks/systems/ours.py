@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy
@@ -27,6 +27,11 @@ async def _emit(comm: Comm, n: int) -> None:
         await comm.write({"op": "tick", "n": i})
 
 
+async def _ticks(n: int) -> AsyncIterator[dict[str, Any]]:
+    for i in range(n):
+        yield {"op": "tick", "n": i}
+
+
 def _echo_array(data: Any) -> Any:
     return to_serialize(data)
 
@@ -41,6 +46,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "add_checkpoint": _add_checkpoint,
     "add_checkpoint_unwatched": run_to_end(_add_checkpoint),
     "emit": _emit,
+    "ticks": _ticks,
     "echo_array": _echo_array,
     "sink": _sink,
 }
@@ -110,6 +116,14 @@ class OurSystem:
             start()
             for _ in range(count - 1):
                 await comm.read()
+
+    async def stream(self, address: str, count: int, window: int | None, start: Callable[[], None]) -> None:
+        limits = None if window is None else Limits(window=window)
+        async with rpc(address, limits=limits) as remote, remote.ticks.stream(n=count) as stream:
+            await stream.receive()
+            start()
+            async for _ in stream:
+                pass
 
     async def echo(self, address: str, size: int, count: int, lap: Callable[[], None]) -> None:
         array = numpy.ones(size // 8)

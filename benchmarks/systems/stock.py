@@ -100,6 +100,9 @@ class StockSystem:
             await comm.read()
         await comm.close()
 
+    async def stream(self, address: str, count: int, window: int | None, start: Callable[[], None]) -> None:
+        await self.drain(address, count, start)
+
     async def echo(self, address: str, size: int, count: int, lap: Callable[[], None]) -> None:
         array = numpy.ones(size // 8)
         async with rpc(address) as remote:

@@ -510,8 +510,8 @@ class TestTheConnectionEnds:
                     elif operation == "send":
                         await stream.send(1)
                     else:
-                        await stream._source._substream.send_end() if False else await stream.send_eof()
-                        stream._source._sent_eof = False
+                        await stream.send_eof()
+                        stream._source.sent_eof = False
 
     async def test_the_pool_is_closed(self, where: str, serving: Any) -> None:
         async def wait(comm: Comm) -> None:
@@ -524,16 +524,120 @@ class TestTheConnectionEnds:
                     with pytest.raises(RPCClosed, match="was streaming"):
                         await operation()
 
-    async def test_goodbye_before_it_starts(self, where: str, scripted: Any) -> None:
+    @pytest.mark.parametrize("eof", [False, True])
+    async def test_goodbye_before_it_starts(self, eof: bool, where: str, scripted: Any) -> None:
+        """The request is made once more, on a new connection, as that of a call is."""
+        requests = []
+
+        async def script(comm: Any, number: int) -> None:
+            request = await comm.read()
+            requests.append(request)
+            if eof:
+                assert next(iter(await comm.read())) == END
+            if number == 1:
+                await comm.write((GOODBYE, request[KEY]["id"] - 1, None))
+                return
+            await comm.write((ITEMS, 1, (1, 2)))
+            await comm.write((END, 1, None))
+            await comm.read()
+
+        async with scripted(where, script) as address, rpc(address) as remote:
+            async with remote.anything.stream(x=1) as stream:
+                if eof:
+                    await stream.send_eof()
+                assert await all_of(stream) == [1, 2]
+            assert remote.pool.open == 1
+        assert requests == 2 * [{"op": "anything", "x": 1, "reply": True, KEY: {"id": 1, "stream": True}}]
+
+    @pytest.mark.parametrize("again", [False, True])
+    async def test_goodbye_twice(self, again: bool, where: str, scripted: Any) -> None:
+        async def script(comm: Any, number: int) -> None:
+            if number == 2 and not again:
+                return  # nor is there a connection
+            request = await comm.read()
+            await comm.write((GOODBYE, request[KEY]["id"] - 1, None))
+
+        async with scripted(where, script) as address, rpc(address) as remote:
+            async with remote.anything.stream() as stream:
+                with pytest.raises(ServerClosing if again else CommClosedError):
+                    await stream.receive()
+            assert remote.pool.open == 0
+
+    async def test_goodbye_when_items_were_sent(self, where: str, scripted: Any) -> None:
+        """They went with the request, and nobody but the user can send them again."""
+
+        async def script(comm: Any, number: int) -> None:
+            assert number == 1
+            request = await comm.read()
+            await comm.read()
+            await comm.write((GOODBYE, request[KEY]["id"] - 1, None))
+            await comm.read()
+
+        async with scripted(where, script) as address, rpc(address) as remote:
+            async with remote.anything.stream() as stream:
+                await stream.send(1)
+                with pytest.raises(ServerClosing, match="did not start 'anything'"):
+                    await stream.receive()
+                with pytest.raises(ServerClosing):
+                    await stream.receive()
+            assert remote.pool.open == 0
+
+    async def test_goodbye_while_it_sends(self, where: str, scripted: Any) -> None:
+        async def script(comm: Any, number: int) -> None:
+            request = await comm.read()
+            for _ in range(16):
+                await comm.read()
+            await comm.write((GOODBYE, request[KEY]["id"] - 1, None))
+            await comm.read()
+
+        async with scripted(where, script) as address, rpc(address) as remote:
+            async with remote.anything.stream() as stream:
+                with pytest.raises(ServerClosing, match="did not start 'anything'"):
+                    for i in range(17):
+                        await stream.send(i)
+            assert remote.pool.open == 0
+
+    async def test_what_is_sent_while_it_connects_anew(self, where: str, scripted: Any) -> None:
+        async def script(comm: Any, number: int) -> None:
+            request = await comm.read()
+            if number == 1:
+                await comm.write((GOODBYE, request[KEY]["id"] - 1, None))
+                return
+            item = tuple(await comm.read())
+            await comm.write((ITEM, 1, item[2]))
+            await comm.write((END, 1, None))
+            await comm.read()
+
+        async with scripted(where, script) as address, rpc(address) as remote, remote.anything.stream() as stream:
+            found = []
+            async with trio.open_nursery() as nursery:
+
+                @nursery.start_soon
+                async def receive() -> None:
+                    found.extend([item async for item in stream])
+
+                while stream._reopening is None:
+                    await trio.lowlevel.checkpoint()
+                await stream.send("x")
+            assert found == ["x"]
+
+    async def test_closed_while_it_connects_anew(self, where: str, scripted: Any) -> None:
         async def script(comm: Any, number: int) -> None:
             request = await comm.read()
             await comm.write((GOODBYE, request[KEY]["id"] - 1, None))
             await comm.read()
 
         async with scripted(where, script) as address, rpc(address) as remote:
-            async with remote.anything.stream() as stream:
-                with pytest.raises(ServerClosing):
-                    await stream.receive()
+            async with remote.anything.stream() as stream, trio.open_nursery() as nursery:
+
+                @nursery.start_soon
+                async def receive() -> None:
+                    with pytest.raises(trio.ClosedResourceError):
+                        await stream.receive()
+
+                while stream._reopening is None:
+                    await trio.lowlevel.checkpoint()
+                await stream.aclose()
             assert remote.pool.open == 0
 
     async def test_a_server_that_has_gone_is_found_at_checkout(self, where: str, serving: Any) -> None:

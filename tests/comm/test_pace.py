@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import sys
 from collections.abc import Iterator
@@ -117,8 +118,41 @@ class TestReading:
         await trio.sleep(10_000)
         assert r.error is not None
         assert r.error.limit == "progress_rate"
-        # 30 + n * 1000 / 1024 < n from n = 1280 on; then the next thousand has just come.
-        assert r.at == pytest.approx(start + 1280, abs=1.01)
+        # With its first thousand at once it is in time for 30 seconds.  From there 30 + n * 1000 / 1024 < n + 1 from n = 1238 on, before the
+        # next thousand comes.
+        assert r.at == pytest.approx(start + 30 + 30 + 1238 * 1000 / 1024)
+
+    @pytest.mark.parametrize("every", [20.0, None])
+    async def test_what_came_before_buys_no_time(
+        self, autojump_clock: MockClock, nursery: trio.Nursery, every: float | None
+    ) -> None:
+        """4 MiB at once don't make up for a byte every twenty seconds, for an hour, behind them."""
+        r = Reader(capacity=8 * MiB)
+        nursery.start_soon(r.pull)
+        await trio.sleep(7)
+        start = trio.current_time()
+        await r.other.send_all(LARGE[: 4 * MiB])
+        if every is not None:
+            await trio.sleep(every)
+            nursery.start_soon(send_slowly, r.other, LARGE[4 * MiB : 4 * MiB + 200], 1, every)
+        await trio.sleep(5000)
+        assert r.error is not None
+        if every is None:
+            assert (r.at, r.error.limit) == (start + 30, "progress_timeout")
+        else:
+            assert r.at == pytest.approx(start + 30 + 1 / 1024)
+            assert r.error.limit == "progress_rate"
+            assert r.error.seen == pytest.approx(1 / (30 + 1 / 1024))
+
+    async def test_pauses_between_much(self, autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+        """Who is in time on the whole may pause for nearly as long as may be, again and again."""
+        r = Reader(capacity=8 * MiB)
+        nursery.start_soon(r.pull)
+        await send_slowly(r.other, LARGE[: 5 * MiB], 32 * 1024, 29.9)
+        assert r.at == -1
+        await r.other.send_all(LARGE[5 * MiB :])
+        await wait_all_tasks_blocked()
+        assert [len(frame) for frame in r.came] == [4, 5 * MiB]
 
     @pytest.mark.parametrize("chunk", [1, 3])
     async def test_a_slicer_at_full_speed(self, autojump_clock: MockClock, nursery: trio.Nursery, chunk: int) -> None:
@@ -548,13 +582,15 @@ class TestComms:
         await comm._pump.send([data], 0)
 
     async def test_heard(self, over_stream: Any) -> None:
+        """What was read and is not enough doesn't count."""
         ours, theirs = memory_stream_pair()
         comm = over_stream(ours)
         assert not comm.heard
-        await theirs.send_all(b"x")
-        assert comm.heard
-        assert await comm.wait_incoming()
-        assert comm.heard
+        for _ in range(2):
+            await theirs.send_all(b"x")
+            assert comm.heard
+            assert await comm.wait_incoming()
+            assert not comm.heard
         comm.abort()
         quiet, other = memory_stream_pair()
         comm = over_stream(quiet)
@@ -563,6 +599,28 @@ class TestComms:
         comm.abort()
         assert not comm.heard
 
-    async def test_heard_by_all(self, pair: Any) -> None:
-        assert pair.client.heard
-        assert pair.server.heard
+    @pytest.mark.parametrize("limits", [Limits(), Limits(progress_timeout=None)])
+    async def test_since_when_the_rest_is_waited_for(
+        self, limits: Limits, new_pair: Any, autojump_clock: MockClock, nursery: trio.Nursery
+    ) -> None:
+        async with new_pair("memory", limits=limits) as pair:
+            server, send = pair.server, pair.client._pump.send
+            data = single_frame(b"\xa5whole")
+
+            async def read_all() -> None:
+                while True:
+                    await server.read()
+
+            nursery.start_soon(read_all)
+            for _ in range(2):
+                await trio.sleep(100)
+                assert server.rest_since == math.inf
+                start = trio.current_time()
+                for piece in (data[:9], data[9:20]):
+                    await send([piece], 0)
+                    await trio.sleep(5)
+                    assert server.rest_since == start
+                await send([data[20:]], 0)
+            await wait_all_tasks_blocked()
+            assert server.rest_since == math.inf
+            nursery.cancel_scope.cancel()

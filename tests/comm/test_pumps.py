@@ -356,6 +356,7 @@ class TestSocketClosing:
 
         recorded = Endless(ours)
         pump = SocketPump(recorded)  # type: ignore[arg-type]
+        theirs.send(b"x")
         await pump.aclose()
         assert len(recorded.calls) == 16
         theirs.close()

@@ -325,6 +325,36 @@ async def test_a_client_without_a_certificate(version: float) -> None:
     assert "the peer has no certificate, and both sides must show one" in str(error)
 
 
+async def test_a_session_is_not_resumed() -> None:
+    """TLS 1.2: nobody would look at the client's certificate, which may have expired since."""
+    context = ours().context("client")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    accepting = Accepting()
+    session = None
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            address = await nursery.start(accepting.run, ours().security())
+            for count in (1, 2):
+                raw = await RawTLS.connect(address, context)
+                if session is not None:
+                    raw.engine.session = session
+                await raw.handshake()
+                assert raw.engine.session_reused is (count == 2)
+                session = raw.engine.session
+                if count == 2:
+                    with pytest.raises((EOFError, OSError)):
+                        await raw.receive()
+                raw.close()
+                while len(accepting.errors) < count:  # noqa: ASYNC110 - nothing tells
+                    await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+    first, second = accepting.errors
+    assert type(first) is CommClosedError  # it left behind the handshake of TLS
+    assert type(second) is RemoteProtocolError
+    assert "resumes an earlier session" in str(second)
+    assert not accepting.comms[1].peer.trusted
+
+
 @pytest.mark.parametrize("reset", [False, True])
 async def test_a_server_that_refuses_us_behind_the_handshake(two_ends: Callable[..., Awaitable[Any]], reset: bool) -> None:
     """TLS 1.3: for the client the handshake is over by then.  The refusal is found also if a write has failed before it was read."""

@@ -19,7 +19,7 @@ from tests.comm.raw_tls import RawTLS
 from tests.reference.identities import ours
 from trio_dcore import CommClosedError, Limits, RemoteProtocolError
 from trio_dcore.abc import CommSettings, Peer
-from trio_dcore.comm import Pump
+from trio_dcore.comm import Pump, _tls_pump
 from trio_dcore.comm._tls import TLSComm
 from trio_dcore.comm._tls_context import tls_context
 from trio_dcore.comm._tls_pump import TLSPump
@@ -239,12 +239,16 @@ async def test_our_own_servers_send_no_tickets() -> None:
         assert raw.engine.session is None or not raw.engine.session.has_ticket
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command is not there, and Python can't ask for new keys")
-@pytest.mark.parametrize("look", [True, False])
-async def test_new_keys_are_nothing_to_read(look: bool, tmp_path: Path) -> None:
-    """TLS 1.3: a peer may change its keys at any time, and ask for ours to be changed."""
+needs_openssl = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="the openssl command is not there, and Python can't ask for new keys"
+)
+
+
+@asynccontextmanager
+async def against_openssl(path: Path) -> AsyncIterator[tuple[TLSPump, trio.Process]]:
+    """A server's pump after the handshake, and OpenSSL's own client, which asks for new keys at a line "K"."""
     for name, text in (("ca", ours().authority), ("cert", ours().certificate), ("key", ours().key)):
-        (tmp_path / name).write_text(text)
+        (path / name).write_text(text)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         command = [
             "openssl",
@@ -255,7 +259,7 @@ async def test_new_keys_are_nothing_to_read(look: bool, tmp_path: Path) -> None:
             "-quiet",
             "-no_ign_eof",
         ]
-        files = ["-CAfile", str(tmp_path / "ca"), "-cert", str(tmp_path / "cert"), "-key", str(tmp_path / "key")]
+        files = ["-CAfile", str(path / "ca"), "-cert", str(path / "cert"), "-key", str(path / "key")]
         client = await trio.lowlevel.open_process(
             [*command, *files], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
@@ -266,6 +270,23 @@ async def test_new_keys_are_nothing_to_read(look: bool, tmp_path: Path) -> None:
         pump = server_pump(listener.accept()[0])
     with trio.fail_after(PATIENCE):
         await pump.handshake()
+        try:
+            yield pump, client
+        finally:
+            await pump.aclose()
+            client.kill()
+            await client.wait()
+            await client.stdin.aclose()
+            await client.stdout.aclose()
+
+
+@needs_openssl
+@pytest.mark.parametrize("look", [True, False])
+async def test_new_keys_are_nothing_to_read(look: bool, tmp_path: Path) -> None:
+    """TLS 1.3: a peer may change its keys at any time, and ask for ours to be changed."""
+    async with against_openssl(tmp_path) as (pump, client):
+        assert client.stdin is not None
+        assert client.stdout is not None
         received = b""
         for i in range(3):
             await client.stdin.send_all(b"K\n")  # new keys, and ours are to be new too
@@ -278,11 +299,45 @@ async def test_new_keys_are_nothing_to_read(look: bool, tmp_path: Path) -> None:
             assert pump.try_send(b"answer %d\n" % i)
             while not received.endswith(b"answer %d\n" % i):
                 received += await client.stdout.receive_some()
-        await pump.aclose()
-        client.kill()
-        await client.wait()
-    await client.stdin.aclose()
-    await client.stdout.aclose()
+
+
+def takes_nothing(_data: object) -> int:
+    raise BlockingIOError
+
+
+@needs_openssl
+@pytest.mark.parametrize("look", ["readable", "fill_nowait"])
+async def test_answers_that_nobody_takes_are_bounded(look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that asks for new keys again and again, and reads nothing, could make us keep any number of answers."""
+    monkeypatch.setattr(_tls_pump, "_MOST_CONTROL", 100)
+    async with against_openssl(tmp_path) as (pump, client):
+        assert client.stdin is not None
+        parser = FrameParser()
+
+        async def ask() -> None:
+            assert client.stdin is not None
+            await client.stdin.send_all(b"K\n")
+            await until(lambda: pump._ready(0))
+
+        for _ in range(8):  # one that takes the answers may ask as often as it likes
+            await ask()
+            assert not pump.readable()
+        send = pump._send
+        pump._send = takes_nothing  # type: ignore[assignment]
+        # What is encrypted of ours does not count.
+        pump._encrypt(bytes(1000))
+        for _ in range(3):
+            await ask()
+            assert not pump.readable()
+        await ask()
+        if look == "readable":
+            assert pump.readable()
+        else:
+            assert not pump.fill_nowait(parser)
+        for _ in range(2):
+            with pytest.raises(RemoteProtocolError, match="keeps asking for answers of TLS's own, such as new keys"):
+                await pump.pull(parser)
+        pump._send = send
 
 
 async def test_part_of_a_record_is_nothing_to_read() -> None:
@@ -325,6 +380,31 @@ async def test_heard() -> None:
     b.send(b"\x16")
     await until(lambda: pump._ready(0))
     assert pump.heard
+    pump.abort()
+    b.close()
+
+
+async def test_heard_is_who_made_us_answer() -> None:
+    """Part of a client's hello, once it was read, is nothing; all of it is, though nothing waits to be read then."""
+    a, b = socket_pair()
+    pump = server_pump(a)
+    client = client_pump(b)
+    with pytest.raises(ssl.SSLWantReadError):
+        client._engine.do_handshake()
+    hello = client._outgoing.read()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pump.handshake)
+        for piece in (hello[:1], hello[1:-1]):
+            b.send(piece)
+            await until(lambda: not pump._ready(0) and len(pump._first) > 0)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert not pump.heard
+        b.send(hello[-1:])
+        await until(lambda: pump.heard)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not pump._ready(0)
+        assert pump.heard
+        nursery.cancel_scope.cancel()
     pump.abort()
     b.close()
 
@@ -566,6 +646,32 @@ async def test_what_is_owed_stays_owed_if_sending_it_is_cancelled() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pump.send, [owed, b"next"], 0)
             assert await raw.receive_exactly(len(data) + 4) == data + b"next"
+
+
+@pytest.mark.parametrize("more", [True, False])
+async def test_the_last_byte_goes_once_though_the_wait_for_room_is_cancelled(more: bool) -> None:
+    """The kernel has taken all that was encrypted, and has no room for more; where there is no more, there is no wait."""
+    async with against_raw(buffer=4096) as (pump, raw):
+        data = os.urandom(100_000)
+        assert pump.try_send(data) == len(data) - 1
+        received = b""
+
+        async def receive() -> None:
+            nonlocal received
+            received = await raw.receive_exactly(len(data) + 4)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await until(pump._flush_now)
+            roomy, pump._roomy = pump._roomy, lambda _: False
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await pump.send([data[-1:], b"next"] if more else [data[-1:]], 0)
+            assert scope.cancelled_caught is more
+            assert not pump.partial or not more
+            pump._roomy = roomy
+            await pump.send([data[-1:], b"next"] if more else [b"next"], 0)
+        assert received == data + b"next"
 
 
 async def test_nothing_is_encrypted_while_the_kernel_takes_nothing() -> None:

@@ -25,6 +25,8 @@ from trio_dcore.protocol import (
     DecodeContext,
     EncodeContext,
     LimitExceeded,
+    Limits,
+    Pickled,
     RemoteProtocolError,
     SerializationError,
     Serialized,
@@ -35,6 +37,7 @@ from trio_dcore.protocol._compression import CODECS, Budget
 from trio_dcore.protocol._families import (
     deserialize,
     needs_pickle,
+    open_serialized,
     pickled_parts,
     register_serialization,
     serialize,
@@ -235,7 +238,11 @@ class Canary:
         self.song = song
 
     def __reduce__(self) -> Any:
-        return Canary.ran.append, (self.song,)
+        return _sing, (self.song,)
+
+
+def _sing(song: str) -> None:
+    Canary.ran.append(song)
 
 
 class TestMsgpackFamily:
@@ -743,6 +750,69 @@ class TestPassedOn:
         header, frames = stock_parts({"a": TEXT, "b": np.arange(100)}, compression="lz4", shard=1000)
         again = serialize(Serialized(header, frames), EncodeContext(compression="zlib", shard=10))
         assert again == (header, frames)
+
+
+class TestOpened:
+    """open_serialized: what came under ``deserialize=False`` keeps the trust it came with."""
+
+    @staticmethod
+    def wrapped(value: Any, trusted: bool) -> Serialized:
+        header, frames = serialize(value, EncodeContext())
+        return Serialized(over_the_wire(header), frames, trusted)
+
+    @pytest.mark.parametrize("value", [{"a": np.arange(3.0)}, b"abc", [1, (2, b"x")]], ids=["array", "bytes", "collection"])
+    @pytest.mark.parametrize("trusted", [True, False])
+    def test_what_needs_no_pickle(self, value: Any, trusted: bool) -> None:
+        header, frames = serialize(value, NO_PICKLE)
+        got = open_serialized(Serialized(over_the_wire(header), frames, trusted))
+        if isinstance(value, dict):
+            np.testing.assert_array_equal(got["a"], value["a"])
+        else:
+            assert got == value
+
+    def test_a_stranger_s_pickle_is_not_loaded(self) -> None:
+        Canary.ran.clear()
+        for value in (Canary("a"), {"a": [Canary("b")]}):
+            with pytest.raises(UnsafePayload, match="not trusted"):
+                open_serialized(self.wrapped(value, False))
+        header, frames = pickled_parts(Canary("c"), EncodeContext())
+        with pytest.raises(UnsafePayload, match="not trusted"):
+            open_serialized(Pickled(header, frames, False))
+        assert Canary.ran == []
+
+    def test_a_friend_s_is(self) -> None:
+        assert open_serialized(self.wrapped({1, 2}, True)) == {1, 2}
+        header, frames = pickled_parts({1, 2}, EncodeContext())
+        assert open_serialized(Pickled(header, frames)) == {1, 2}
+
+    def test_families(self) -> None:
+        with pytest.raises(TypeError, match="only able to deserialize data with"):
+            open_serialized(self.wrapped(b"abc", True), deserializers=["msgpack"])
+        assert open_serialized(self.wrapped(b"abc", True), deserializers=["dask"]) == b"abc"
+
+    @pytest.mark.parametrize("trusted", [True, False])
+    def test_it_grows_no_further_than_it_may(self, trusted: bool) -> None:
+        header, frames = serialize(bytes(2**20), EncodeContext(compression="zlib"))
+        assert header["compression"] == ("zlib",)
+        wrapper = Serialized(over_the_wire(header), frames, trusted)
+        small = Limits(message=2**16, message_trusted=2**21)
+        if trusted:
+            assert len(open_serialized(wrapper, limits=small)) == 2**20
+        else:
+            with pytest.raises(LimitExceeded, match="message"):
+                open_serialized(wrapper, limits=small)
+        header, frames = serialize(bytes(2**26 + 1), EncodeContext(compression="zlib"))
+        wrapper = Serialized(over_the_wire(header), frames, trusted)
+        if trusted:
+            assert len(open_serialized(wrapper)) == 2**26 + 1
+        else:
+            with pytest.raises(LimitExceeded, match="message"):
+                open_serialized(wrapper)
+
+    def test_anything_else(self) -> None:
+        wrong: Any = b"abc"
+        with pytest.raises(TypeError, match="takes a Serialized or Pickled, not a bytes"):
+            open_serialized(wrong)
 
 
 # -- headers that lie ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from typing import Any
@@ -231,7 +232,7 @@ def keeps_idle_connections(patch: pytest.MonkeyPatch) -> None:
 
 @control("A server that is out of descriptors ends.", by("h02_out_of_descriptors", "t", "Too many open files"))
 def dies_of_exhaustion(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_accepting, "_EXHAUSTED", set())
+    patch.setattr(_accepting, "_BROKEN", {errno.EMFILE})
 
 
 @control("What strangers do is logged each time.", by("h02_out_of_descriptors", "t", "Too many open files"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -240,10 +242,11 @@ async def test_a_process_without_descriptors() -> None:
 
 
 class TestListenersThatMisbehave:
-    async def test_one_that_fails_ends_the_server(self, accepting: Any) -> None:
+    @pytest.mark.parametrize("number", [errno.EBADF, errno.ENOTSOCK])
+    async def test_one_that_is_broken_ends_the_server(self, number: int, accepting: Any) -> None:
         async def fail(accept: Any) -> Any:
             await go.wait()
-            raise OSError(errno.EIO, "broken")
+            raise OSError(number, "broken")
 
         accepting(fail)
         go = trio.Event()
@@ -253,6 +256,66 @@ class TestListenersThatMisbehave:
                 go.set()
                 await trio.sleep_forever()
         assert server.status is Status.closed
+
+    @pytest.mark.parametrize("error", [OSError(errno.EIO, "who knows"), OSError("no number"), ssl.SSLError(1, "who knows")])
+    async def test_whatever_else_fails_passes(
+        self, error: OSError, accepting: Any, caplog: pytest.LogCaptureFixture, autojump_clock: Any
+    ) -> None:
+        """Accepting pauses for a moment, so that it can't turn in circles, and whoever is served goes on."""
+        failing = 0
+
+        async def fail(accept: Any) -> Any:
+            nonlocal failing
+            if failing:
+                failing -= 1
+                raise error
+            return await accept()
+
+        accepting(fail)
+        async with no_leaks(), Server({"add": add}) as server, rpc(await server.listen("inproc://")) as old:
+            assert await old.add(x=1) == 2
+            failing = 3
+            async with rpc(server.address) as first, rpc(server.address) as other:
+                assert await first.add(x=1) == 2  # accept() was waiting for this one
+                assert await other.add(x=1) == 2
+            assert trio.current_time() == pytest.approx(0.3, abs=0.01)
+            assert await old.add(x=1) == 2
+        (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+        assert f"accepting on {server.address} pauses: {error}" in record.getMessage()
+
+    @pytest.mark.parametrize("error", [OSError(errno.EIO, "who knows"), OSError(errno.ENOTSOCK, "its"), ssl.SSLError(1, "what")])
+    async def test_a_connection_that_can_not_be_used(
+        self, error: OSError, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is closed, and costs nobody else anything, not even time."""
+        left = 100
+
+        def fail(*args: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise error
+
+        async with no_leaks(), Server({"add": add}) as server, rpc(await server.listen("tcp://127.0.0.1:0")) as old:
+            assert await old.add(x=1) == 2
+            sockets = [socket.socket() for _ in range(left)]
+            with monkeypatch.context() as patch:
+                patch.setattr("trio_dcore.comm._tcp.set_options", fail)
+                start = trio.current_time()
+                for sock in sockets:
+                    sock.connect(("127.0.0.1", server.port))
+                while left > 0:
+                    await trio.lowlevel.checkpoint()
+                assert trio.current_time() - start < 1  # a pause for each would be 10 s
+            for sock in sockets:
+                sock.settimeout(1)
+                assert sock.recv(1) == b""
+                sock.close()
+            assert await old.add(x=1) == 2
+            async with rpc(server.address) as remote:
+                assert await remote.add(x=1) == 2
+        (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+        assert "can't be used and was closed: " in record.getMessage()
 
     async def test_one_that_makes_no_comms_of_ours(
         self, accepting: Any, caplog: pytest.LogCaptureFixture, autojump_clock: Any

@@ -58,7 +58,12 @@ def test_authorize_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_streams_are_an_op(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = lines(caplog, "tcp://127.0.0.1:8786", stream_handlers={"note": len})
-    assert line.endswith("; ops: add, connection_stream, echo, identity")
+    assert line.endswith("; ops: add, connection_stream, echo, identity; ops of streams: note")
+    handlers: dict[str, Any] = {"b": len, "c": len, "a": len}
+    (line,) = lines(caplog, "tcp://127.0.0.1:8786", stream_handlers=handlers, blocked_handlers=["b", "echo"])
+    assert line.endswith("; ops: add, connection_stream, identity; ops of streams: a, c")
+    (line,) = lines(caplog, "tcp://127.0.0.1:8786", stream_handlers={"note": len}, blocked_handlers=["note"])
+    assert line.endswith("; ops of streams: none")
 
 
 @pytest.mark.parametrize(

@@ -1194,8 +1194,7 @@ class TestOptedIn:
             for kind in (ITEM, END, CANCEL, WINDOW, PONG, REPLY):
                 await client.send(kind, 2)
             await client.send(ITEMS, 3, (1, 2))
-            await client.send(PING, 3)
-            assert await client.read() == (PONG, 3, None)
+            await client.send(PING, 3)  # the reply was its answer
             await client.request("echo", 4, x=2)
             assert await client.read() == (REPLY, 4, 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,7 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from trio_dcore import CommClosedError, ConnectionPool, Limits, NotAllowed, Overloaded, Server, UnknownOp, connect, rpc
 from trio_dcore.abc import CommSettings
-from trio_dcore.comm import get_transport, parse_address
+from trio_dcore.comm import FramedComm, get_transport, parse_address
 from trio_dcore.testing import ManualPeer, MemoryNetwork, memory_network, no_leaks
 
 BOTH = pytest.mark.parametrize("where", ["memory://", "inproc://"])
@@ -61,8 +62,10 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(where: str = "memory://", handlers: dict[str, Any] | None = None, **limits: Any) -> AsyncIterator[Stage]:
-    with memory_network() as network:
+async def stage(
+    where: str = "memory://", handlers: dict[str, Any] | None = None, *, trusted: bool = True, **limits: Any
+) -> AsyncIterator[Stage]:
+    with memory_network(trusted) as network:
         async with no_leaks():
             async with Server(handlers, limits=Limits(**limits), name="Small") as server:
                 await server.listen(where)
@@ -124,7 +127,16 @@ class TestHandshaking:
             assert await scene.calls_at() == 5  # both are old enough
             assert scene.counts[2] == 1
 
-    async def test_who_has_said_something_gets_a_second(self, autojump_clock: Any) -> None:
+    async def test_a_byte_is_as_good_as_none(self, autojump_clock: Any) -> None:
+        """Strangers who say one byte don't keep an honest client out any longer than those who say none."""
+        async with stage(handshaking=8) as scene:
+            for _ in range(300):
+                await (await scene.manual()).send_bytes(b"\x40")
+            assert await scene.calls_at() == pytest.approx(0.86)
+            assert scene.counts[2] == 293
+
+    async def test_who_has_done_its_part_gets_a_second(self, monkeypatch: pytest.MonkeyPatch, autojump_clock: Any) -> None:
+        monkeypatch.setattr(FramedComm, "heard", True)
         async with stage(handshaking=3) as scene:
             for seconds in (0.2, 0.1, 0.1):
                 await (await scene.manual()).send_bytes(b"\x40")
@@ -132,10 +144,17 @@ class TestHandshaking:
             assert await scene.calls_at() == pytest.approx(1)
             assert scene.counts[2] == 1
             with pytest.raises(CommClosedError):
-                await scene.peers[0].receive()  # the server's handshake, if it speaks first
                 await scene.peers[0].receive()
 
-    async def test_who_is_silent_gives_way_before_who_is_slow(self, autojump_clock: Any) -> None:
+    async def test_a_flood_of_them(self, monkeypatch: pytest.MonkeyPatch, autojump_clock: Any) -> None:
+        """As of clients that send a whole hello of TLS: eight go every 0.2 s, after a start of a second."""
+        monkeypatch.setattr(FramedComm, "heard", True)
+        async with stage(handshaking=8) as scene:
+            await scene.silent(60)
+            assert await scene.calls_at() == pytest.approx(1 + 6 * 0.2)
+
+    async def test_who_is_silent_gives_way_before_who_is_slow(self, monkeypatch: pytest.MonkeyPatch, autojump_clock: Any) -> None:
+        monkeypatch.setattr(FramedComm, "heard", property(lambda comm: comm._parser.total > 0))
         async with stage(handshaking=3) as scene:
             await (await scene.manual()).send_bytes(b"\x40")
             await scene.silent()
@@ -360,6 +379,111 @@ class TestConnections:
                 await scene.calls_at()
             assert scope.cancelled_caught
             await peer.stream.aclose()
+
+    async def strangers(self, scene: Stage, count: int) -> list[ManualPeer]:
+        peers = [await scene.manual() for _ in range(count)]
+        for peer in peers:
+            await peer.handshake()
+        await wait_all_tasks_blocked()
+        return peers
+
+    async def test_strangers_who_call_now_and_then(self, autojump_clock: Any) -> None:
+        """Each time, the one that has been idle longest gives way, after a second."""
+        async with stage(trusted=False, connections=5) as scene, trio.open_nursery() as nursery:
+
+            async def call_now_and_then(peer: ManualPeer) -> None:
+                with contextlib.suppress(CommClosedError, trio.BrokenResourceError):
+                    while True:
+                        await peer.send({"op": "identity"})
+                        await peer.receive()
+                        await trio.sleep(3)
+
+            for peer in await self.strangers(scene, 5):
+                nursery.start_soon(call_now_and_then, peer)
+            await trio.sleep(3.3)
+            assert await scene.calls_at() == 4
+            assert scene.counts[3] == 1
+            nursery.cancel_scope.cancel()
+
+    async def test_a_stranger_that_was_at_work(self, autojump_clock: Any) -> None:
+        async with stage(handlers={"sleep": trio.sleep}, trusted=False, connections=1) as scene:
+            (peer,) = await self.strangers(scene, 1)
+            await peer.send({"op": "sleep", "seconds": 20.6, "reply": True})
+            await trio.sleep(5)
+            assert await scene.calls_at() == pytest.approx(21.6)
+
+    async def test_idle_strangers_and_others(self, autojump_clock: Any) -> None:
+        """Who has been idle longest goes first, of those that have been for long enough."""
+        async with stage(connections=3) as scene:
+            oldest, middle = await self.strangers(scene, 2)
+            await trio.sleep(3)
+            scene.network.trusted = False
+            (stranger,) = await self.strangers(scene, 1)
+            await trio.sleep(2)
+            scene.network.trusted = True
+            for peer, when in ((stranger, 5), (oldest, 10)):
+                if peer is oldest:
+                    await self.strangers(scene, 1)
+                assert await scene.calls_at() == when
+                assert await peer.expect_end()
+            assert not middle.stream.closed
+
+    @pytest.mark.parametrize("timeout", [30.0, None])
+    async def test_strangers_in_the_middle_of_a_request(
+        self, timeout: float | None, caplog: pytest.LogCaptureFixture, autojump_clock: Any
+    ) -> None:
+        """Ten seconds after its beginning it holds no place, however it goes on."""
+        request = ManualPeer.encode({"op": "echo", "data": b"x" * 100_000, "reply": True})
+        async with stage(trusted=False, connections=2, progress_timeout=timeout) as scene, trio.open_nursery() as nursery:
+
+            async def send_slowly(peer: ManualPeer, after: float) -> None:
+                await trio.sleep(after)
+                await peer.send_bytes(request[:60_000])
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    while True:
+                        await trio.sleep(0.3)
+                        await peer.send_bytes(b"x")
+
+            first, second = await self.strangers(scene, 2)
+            nursery.start_soon(send_slowly, first, 0.7)
+            nursery.start_soon(send_slowly, second, 0.5)
+            await trio.sleep(0.9)
+            assert await scene.calls_at() == pytest.approx(10.5)
+            assert scene.counts[3] == 1
+            assert ", in the middle of a request for 10 s, gives way" in caplog.text
+            await trio.sleep(0.1)
+            assert await scene.calls_at() == pytest.approx(10.6)  # there is a place
+            assert scene.counts[3] == 1
+            nursery.cancel_scope.cancel()
+
+    async def test_a_stranger_that_finishes_its_request(self, autojump_clock: Any) -> None:
+        """It is answered, and then has its second."""
+        request = ManualPeer.encode({"op": "echo", "data": 1, "reply": True})
+        async with stage(trusted=False, connections=1) as scene, trio.open_nursery() as nursery:
+            (peer,) = await self.strangers(scene, 1)
+            await peer.send_bytes(request[:-1])
+            found: list[float] = []
+
+            async def call() -> None:
+                found.append(await scene.calls_at())
+
+            nursery.start_soon(call)
+            await trio.sleep(9.75)
+            await peer.send_bytes(request[-1:])
+            assert await peer.receive() == 1
+            await trio.sleep(5)
+            assert found == [10.75]
+
+    async def test_a_stranger_is_told_that_its_request_was_not_started(self, autojump_clock: Any) -> None:
+        async with stage(trusted=False, connections=1) as scene:
+            peer = await scene.manual()
+            await peer.handshake(extension=True)
+            await peer.send({"op": "echo", "data": 1, "trio-dcore": {"id": 3}})
+            assert await peer.receive() == (0, 3, 1)
+            await peer.send_bytes(ManualPeer.encode({"op": "echo", "data": 2, "trio-dcore": {"id": 4}})[:-1])
+            assert await scene.calls_at() == 10
+            assert await peer.receive() == (9, 3, None)
+            assert await peer.expect_end()
 
     async def test_no_limit(self, autojump_clock: Any) -> None:
         async with stage(connections=None) as scene:

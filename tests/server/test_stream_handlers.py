@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from trio_dcore import CommClosedError, Server, connect
+from trio_dcore.protocol import Serialize, ToPickle
 from trio_dcore.testing import memory_network, no_leaks
 
 
@@ -60,9 +61,39 @@ async def test_a_bad_message_costs_no_other(caplog: pytest.LogCaptureFixture) ->
     bad = [{"op": "unknown"}, {"x": 1}, {"op": 5}, {"op": "fail"}, {"op": "odd"}, {"op": "later", "wrong": 1}, 7, "text", None]
     noted = await send([*bad, {"op": "note", "x": 1}], *bad, {"op": "note", "x": 2})
     assert noted.found == [{"x": 1}, {"x": 2}]
-    # A line for those that are no request, one for those whose handler fails, and no more within this second.
+    # A line for those that are no request, one for those whose arguments are wrong, and one for each handler that fails; and no more within
+    # this second.
     dropped = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.levelname for record in dropped] == ["WARNING", "ERROR"]
+    assert [record.levelname for record in dropped] == ["WARNING", "ERROR", "ERROR", "WARNING"]
+    assert [bool(record.exc_info) for record in dropped] == [False, True, True, False]
+    assert "'fail'" in dropped[1].getMessage()
+    assert "'odd'" in dropped[2].getMessage()
+    assert "a message for 'later': wrong arguments: " in dropped[3].getMessage()
+
+
+async def test_a_peer_that_comes_again_does_not_flood_the_log(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    """At most a line a second of each kind, for all streams of a server together."""
+    noted = Noted()
+    bad = [{"op": "unknown"}, {"op": "fail"}, {"op": "later", "x" * 10_000 + "\n": 1}, {"op": "close-stream"}]
+    with memory_network():
+        async with Server(stream_handlers=noted.handlers) as server:
+            address = await server.listen("memory://")
+            for number in range(25):
+                async with await connect(address) as comm:
+                    await comm.write({"op": "connection_stream", "reply": False})
+                    await comm.write(bad)
+                    with pytest.raises(CommClosedError):
+                        await comm.read()
+                if number < 24:
+                    await trio.sleep(0.125)
+            assert trio.current_time() == 3
+    loud = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(loud) == 4 * 3
+    assert all("(and 7 more like this before)" in line for line in loud[3:])
+    assert max(map(len, loud)) < 700
+    assert not any("\n" in line for line in loud)
 
 
 async def test_an_empty_op_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
@@ -162,3 +193,106 @@ async def test_an_idle_stream_does_not_hold_up_a_shutdown(where: str, autojump_c
                 await server.finished()
                 assert trio.current_time() == start
     assert noted.found == [{"x": 1}]
+
+
+async def refused(
+    where: str, *batches: Any, caplog: pytest.LogCaptureFixture, **options: Any
+) -> tuple[list[Any], list[str], int]:
+    """What the handlers noted, the lines of the log about refusals, and how many were counted."""
+    caplog.set_level(logging.INFO, "trio_dcore.server")
+    noted = Noted()
+    async with no_leaks(), Server(stream_handlers=noted.handlers, **options) as server:
+        async with await connect(await server.listen(where)) as comm:
+            await comm.write({"op": "connection_stream", "reply": False})
+            for batch in batches:
+                await comm.write(batch)
+            await comm.write([{"op": "done"}])
+            with trio.fail_after(5):
+                await noted.done.wait()
+        count = server.statistics().refused
+    return noted.found, [record.getMessage() for record in caplog.records if "may not call" in record.getMessage()], count
+
+
+@pytest.mark.parametrize("where", ["tcp://127.0.0.1:0", "inproc://"])
+async def test_blocked_ops_are_blocked_in_streams(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    batch = [{"op": "note", "x": 1}, {"op": "later", "x": 2}, {"op": "note", "x": 3}]
+    found, lines, count = await refused(where, batch, {"op": "note"}, caplog=caplog, blocked_handlers=["note"])
+    assert found == [2]
+    assert count == 3
+    (line,) = lines  # and no more within this second
+    assert "a message for 'note', which it may not call" in line
+
+
+@pytest.mark.parametrize("where", ["tcp://127.0.0.1:0", "inproc://"])
+async def test_authorize_is_asked_for_the_ops_of_a_stream(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def authorize(peer: Any, op: str) -> bool:
+        asked.append((peer.kind, op))
+        return op != "note"
+
+    batch = [{"op": "note", "x": 1}, {"op": "later", "x": 2}]
+    found, lines, count = await refused(where, batch, caplog=caplog, authorize=authorize)
+    assert found == [2]
+    assert count == 1
+    assert len(lines) == 1
+    assert [op for _, op in asked] == ["connection_stream", "note", "later", "done"]
+    assert {kind for kind, _ in asked} == {"inproc" if where == "inproc://" else "loopback"}
+
+
+async def test_authorize_may_change_its_mind_within_a_batch(caplog: pytest.LogCaptureFixture) -> None:
+    """It is asked right before each handler; with payloads, also when the batch has come."""
+    answers = iter([True, True, False])
+    batch = [{"op": "note", "x": Serialize(b"1")}, {"op": "note", "x": Serialize(b"2")}]
+    found, lines, count = await refused(
+        "tcp://127.0.0.1:0", batch, caplog=caplog, authorize=lambda peer, op: op != "note" or next(answers)
+    )
+    assert found == [{"x": b"1"}]
+    assert (len(lines), count) == (1, 1)
+
+
+class Canary:
+    """Unpickling it leaves a trace."""
+
+    ran: list[str] = []  # noqa: RUF012 - shared on purpose
+
+    def __init__(self, song: str) -> None:
+        self.song = song
+
+    def __reduce__(self) -> Any:
+        return _sing, (self.song,)
+
+
+def _sing(song: str) -> None:
+    Canary.ran.append(song)
+
+
+@pytest.mark.parametrize("wrapper", [Serialize, ToPickle])
+async def test_payloads_of_a_batch_that_is_refused_are_not_touched(wrapper: Any, caplog: pytest.LogCaptureFixture) -> None:
+    Canary.ran.clear()
+    batch = [
+        {"op": "note", "x": wrapper(Canary("a"))},
+        {"op": "nobody", "x": wrapper(Canary("b"))},
+        {"op": ""},
+        "OK",
+        {"op": "later"},
+    ]
+    found, _, count = await refused(
+        "tcp://127.0.0.1:0",
+        batch,
+        [{"op": "note", "x": wrapper(Canary("c"))}, {"op": "later", "x": 1}],
+        caplog=caplog,
+        blocked_handlers=["note"],
+    )
+    assert found == [1]
+    assert count == 2
+    assert Canary.ran == ["c"]  # the batch's other message was for a handler that may be called
+
+
+@pytest.mark.parametrize("batch", [Serialize([{"op": "note", "x": 1}]), [Serialize({"op": "note", "x": 1})]])
+async def test_an_op_inside_a_payload_is_refused_all_the_same(batch: Any, caplog: pytest.LogCaptureFixture) -> None:
+    found, lines, _ = await refused("tcp://127.0.0.1:0", batch, caplog=caplog, blocked_handlers=["note"])
+    assert found == []
+    assert len(lines) == 1
+    found, lines, _ = await refused("tcp://127.0.0.1:0", batch, caplog=caplog)
+    assert found == [{"x": 1}]

@@ -14,7 +14,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from trio_dcore import CommClosedError, HandlerCancelled, LimitExceeded, Limits, RemoteError, SerializationError, connect
+from trio_dcore import CommClosedError, HandlerCancelled, LimitExceeded, Limits, RemoteError, SerializationError, Server, connect
+from trio_dcore.protocol._envelope import END, KEY, PING, PONG, REPLY
 from trio_dcore.server._streams import generate
 from trio_dcore.testing import cancel_sweep, memory_network
 
@@ -699,3 +700,87 @@ class TestStalls:
                     assert trio.current_time() == start + 20
                     with pytest.raises(CommClosedError):
                         await stream.receive()
+
+
+class TestLeftBehind:
+    """Tasks that a handler leaves behind, and that still use its stream: the connection's next request is none of theirs."""
+
+    @pytest.mark.parametrize("how", ["write", "read", "several"])
+    async def test_the_next_request(self, how: str, where: str, serving: Any, caplog: pytest.LogCaptureFixture) -> None:
+        ended: list[BaseException] = []
+
+        async def use(comm: Any) -> None:
+            try:
+                for i in range(100):
+                    await (comm.write(i) if how != "read" else comm.read())
+            except CommClosedError as error:
+                ended.append(error)
+
+        async def leave(comm: Any) -> None:
+            for _ in range(3 if how == "several" else 1):
+                behind.start_soon(use, comm)
+            await wait_all_tasks_blocked(0.01)
+            left.set()
+
+        async with trio.open_nursery() as behind, serving({"leave": leave, "echo": echo}, where) as (server, remote):
+            for _ in range(3):
+                left = trio.Event()
+                async with remote.leave.stream() as stream:
+                    await left.wait()  # what is taken before gives credit
+                    await wait_all_tasks_blocked(0.01)
+                    assert len([item async for item in stream]) == (0 if how == "read" else 16)
+                assert await remote.echo(x=1) == 1
+                await wait_all_tasks_blocked(0.01)
+            assert server.statistics().connections == 1
+        assert len(ended) == (9 if how == "several" else 3)
+        assert all("has ended" in str(error) for error in ended)
+        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+    async def test_in_the_middle_of_a_message(self, where: str, serving: Any) -> None:
+        """It is sent: what it has begun is an item of its stream, and in front of the stream's end."""
+        blocked = trio.Event()
+
+        async def use(comm: Any) -> None:
+            await comm.write("first")
+            with contextlib.suppress(CommClosedError):
+                for _ in range(10):
+                    await comm.write(b"x" * 20_000_000)
+
+        async def leave(comm: Any) -> None:
+            behind.start_soon(use, comm)
+            await wait_all_tasks_blocked(0.01)
+            blocked.set()
+
+        async with trio.open_nursery() as behind, serving({"leave": leave, "echo": echo}, where) as (server, remote):
+            async with remote.leave.stream() as stream:
+                await blocked.wait()
+                items = [item async for item in stream]
+            assert items[0] == "first"
+            assert {len(item) for item in items[1:]} <= {20_000_000}
+            assert await remote.echo(x=1) == 1
+            assert server.statistics().connections == 1
+
+    async def test_one_that_reads_something_in_the_moment_of_the_end(self, where: str) -> None:
+        """Which of the two tasks is first is left to chance, and a ping has its answer in both cases."""
+        go = trio.Event()
+
+        async def use(comm: Any) -> None:
+            with pytest.raises(CommClosedError, match="has ended"):
+                await comm.read()
+
+        async def leave(comm: Any) -> None:
+            behind.start_soon(use, comm)
+            await go.wait()
+
+        async with trio.open_nursery() as behind, Server({"leave": leave, "echo": echo}) as server:
+            address = await server.listen(where)
+            async with await connect(address) as comm:
+                for i in range(1, 60, 2):
+                    go = trio.Event()
+                    await comm.write({"op": "leave", "reply": True, KEY: {"id": i, "stream": True}})
+                    await wait_all_tasks_blocked(0.001)
+                    go.set()
+                    await comm.write((PING, i, None))
+                    assert {kind for kind, *_ in [await comm.read(), await comm.read()]} == {PONG, END}
+                    await comm.write({"op": "echo", "x": i, "reply": True, KEY: {"id": i + 1}})
+                    assert tuple(await comm.read()) == (REPLY, i + 1, i)

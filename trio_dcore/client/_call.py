@@ -164,7 +164,7 @@ async def _enveloped_answer(
             if kind == ERROR:
                 return _Failure(exception_from_value(value, allow_pickle=comm.allows_pickle))
             if kind == PING:
-                await comm.put((PONG, identity, None))
+                comm.write_soon((PONG, identity, None))
             elif kind != PONG:
                 raise RemoteProtocolError(f"an envelope of kind {kind} in answer to a call of {op!r} that takes one reply")
         elif kind == GOODBYE:

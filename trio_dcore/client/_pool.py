@@ -20,6 +20,7 @@ from ..abc import CommSettings
 from ..comm import BaseComm, check_encryption, coerce_to_address, connect_with, get_transport, parse_address
 from ..errors import CommClosedError, ConnectError, LimitExceeded, RemoteProtocolError, RPCClosed, ServerClosing
 from ..protocol._limits import Limits
+from ._pinger import Pinger
 from ._pool_policy import PoolPolicy, Slot, Waiter
 from ._rpc_call import PooledRPC
 
@@ -67,6 +68,7 @@ class ConnectionPool:
         #: Families for the payloads of a call that names none: (its request, its answer); None for the comm's own.
         self.families = None, self.settings.deserializers or self.settings.serializers
         self._policy = PoolPolicy(limit)
+        self._pinger = Pinger(self._policy, self.settings.limits)
         self._idle_limit = self.settings.limits.idle
         self._closed = False
         self._removed: dict[Slot, str] = {}  # connecting slots whose address was removed meanwhile, and why
@@ -125,6 +127,7 @@ class ConnectionPool:
         if self._closed:
             return
         self._closed = True
+        self._pinger.stop()
         policy = self._policy
         self._abort_idle(list(policy.idle_since))
         for comm in list(policy.busy):
@@ -175,6 +178,8 @@ class ConnectionPool:
         while (comm := policy.reuse(address, op)) is not None:
             # Readable means ended, or a message that nobody asked for: either way not fit for the next call.
             if not comm.stale():
+                if comm.pings and not self._pinger.awake:
+                    self._pinger.wake()
                 return comm
             dismissed = comm.take_goodbye(comm.last_id + 1) or dismissed
             policy.discard(comm)
@@ -235,6 +240,8 @@ class ConnectionPool:
         except BaseException:
             self.release(comm)
             raise
+        if comm.pings and not self._pinger.awake:
+            self._pinger.wake()
 
     async def _connect(self, slot: Slot, *, once: bool) -> BaseComm:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,15 +49,21 @@ class RemoteStream:
         self._comm: BaseComm | None = None
         self._source: _Enveloped | _Plain | None = None
         self._closed = False
+        self._said_goodbye = False  # the server has, once: it did not start the request
+        self._reopening: trio.Event | None = None
 
     async def __aenter__(self) -> Self:
         """Make the request.  Raises as a call does, but for what the handler raises: that comes with the items."""
         if self._comm is not None or self._closed:
             raise LocalProtocolError("a stream can be entered once; call .stream() again for another")
         await checkpoint_if_cancelled()
+        await self._open()
+        return self
+
+    async def _open(self) -> None:
         pool = self._pool
-        said_goodbye = False
         while True:
+            said_goodbye = self._said_goodbye
             comm, fresh = await pool.acquire(self._address, self._op, anew=said_goodbye)
             try:
                 source: _Enveloped | _Plain = _Enveloped(comm) if _can_stream(comm) else _Plain(comm)
@@ -68,17 +75,52 @@ class RemoteStream:
                 dismissed = comm.take_goodbye(comm.last_id)
                 pool.discard(comm)
                 if dismissed and said_goodbye:
-                    raise ServerClosing(f"{self._address} is shutting down and did not start {self._op!r}") from None
-                said_goodbye = said_goodbye or dismissed
+                    raise self._never_started() from None
+                self._said_goodbye = said_goodbye or dismissed
                 if dismissed or (getattr(error, "nothing_sent", False) and not fresh):
                     continue
                 raise self._ended(error) from error
             except BaseException:
                 pool.discard(comm)
                 raise
+            if self._closed:
+                pool.discard(comm)
+                raise trio.ClosedResourceError("this stream was closed")
             self._comm = comm
             self._source = source
-            return self
+            return
+
+    async def _reopen(self, error: Exception) -> None:
+        """Make the request anew, on a new connection, if the server has said goodbye instead of starting it; else raise ``error``."""
+        comm = self._comm
+        source = self._source
+        if self._closed or comm is None or type(source) is not _Enveloped:
+            raise self._ended(error) from error
+        if not (source.dismissed or (source.fresh and not isinstance(error, ServerClosing) and comm.take_goodbye(comm.last_id))):
+            raise self._ended(error) from error
+        self._comm = None
+        self._pool.discard(comm)
+        if self._pool.closed:
+            raise self._ended(error) from error
+        if self._said_goodbye or not source.fresh:
+            raise self._never_started() from None  # also where items of ours have gone with it
+        self._said_goodbye = True
+        self._reopening = trio.Event()
+        try:
+            await self._open()
+        finally:
+            self._reopening.set()
+            self._reopening = None
+        if source.sent_eof:
+            anew = self._opened()
+            try:
+                await anew.send_eof()
+            except BaseException:
+                self._close()  # else its handler would wait for an end that was sent, as far as our user knows
+                raise
+
+    def _never_started(self) -> ServerClosing:
+        return ServerClosing(f"{self._address} is shutting down and did not start {self._op!r}")
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -108,7 +150,9 @@ class RemoteStream:
             raise LocalProtocolError("open the stream first: `async with remote.op.stream(...) as stream:`")
         return self._source
 
-    def _ended(self, error: BaseException) -> Exception:
+    def _ended(self, error: Exception) -> Exception:
+        if isinstance(error, ServerClosing):
+            return error
         if self._pool.closed:
             return RPCClosed(f"the pool was closed while {self._op!r} was streaming from {self._address}")
         return closed_error(self._op, self._address, error)
@@ -116,18 +160,25 @@ class RemoteStream:
     async def receive(self) -> Any:
         """The next item.
 
+        If the server answers with a goodbye, since it shuts down and has not started the handler, the request is made once more,
+        on a new connection, as calls are; unless items were sent behind it.
+
         Cancellation: no item is lost, unless the comm was in the middle of a message; then it is closed.
 
         Raises:
             trio.EndOfChannel: the stream has ended.
             RemoteError: what the handler raised, after the items from before.
             CommClosedError: the connection ended before the stream did.
+            ServerClosing: the server shuts down and did not start the handler.
         """
-        source = self._opened()
-        try:
-            return await source.receive()
-        except (CommClosedError, trio.ClosedResourceError) as error:
-            raise self._ended(error) from error
+        while True:
+            source = self._source
+            if source is None or self._closed:
+                source = self._opened()
+            try:
+                return await source.receive()
+            except (CommClosedError, trio.ClosedResourceError, ServerClosing) as error:
+                await self._reopen(error)
 
     async def send(self, value: Any) -> None:
         """Give the handler an item; waits while more than ``Limits.window`` are on their way.
@@ -136,27 +187,43 @@ class RemoteStream:
 
         Raises:
             CommClosedError: the handler takes no more, or the connection ended.
+            ServerClosing: the server shuts down and did not start the handler.
             LimitExceeded: the server has taken nothing for ``Limits.stream_stall``; the connection was closed.
             LocalProtocolError: the server is a stock Dask server, which has no such thing; or after :meth:`send_eof`.
         """
-        source = self._opened()
-        try:
-            await source.send(value)
-        except (CommClosedError, trio.ClosedResourceError) as error:
-            raise self._ended(error) from error
+        await self._tell(lambda source: source.send(value))
 
     async def send_eof(self) -> None:
         """Say that no more items come from here; the other direction goes on."""
+        await self._tell(lambda source: source.send_eof())
+
+    async def _tell(self, say: Callable[[_Enveloped | _Plain], Awaitable[None]]) -> None:
+        while self._reopening is not None:
+            await self._reopening.wait()
         source = self._opened()
         try:
-            await source.send_eof()
+            await say(source)
         except (CommClosedError, trio.ClosedResourceError) as error:
+            if source is not self._source:
+                raise self._ended(error) from error
+            if isinstance(source, _Enveloped) and source.dismissed:
+                raise self._never_started() from error
             raise self._ended(error) from error
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:
+        # As receive(), which this would else be one more call of for each item.
+        source = self._source
+        if source is None or self._closed:
+            source = self._opened()
+        try:
+            return await source.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+        except (CommClosedError, trio.ClosedResourceError, ServerClosing) as error:
+            await self._reopen(error)
         try:
             return await self.receive()
         except trio.EndOfChannel:
@@ -179,8 +246,9 @@ class _Enveloped:
         limits = comm.settings.limits
         comm.last_id += 1
         self._allow_pickle = comm.allows_pickle
-        self._sent_eof = False
-        self._dismissed = False  # the server closes the comm
+        self.sent_eof = False
+        self.dismissed = False  # the server has not started the request, and closes the comm
+        self._lost = False  # the server closes the comm for another reason
         self._substream = Substream(
             comm,
             comm.last_id,
@@ -189,6 +257,7 @@ class _Enveloped:
             on_end=self._server_ended,
             on_map=self._server_lost_track,
         )
+        self.receive = self._substream.receive  # called for each item
 
     def request(self, op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"op": op, **kwargs, "reply": True, KEY: {"id": self._substream.id, "stream": True}}
@@ -199,39 +268,41 @@ class _Enveloped:
         if kind == ERROR:
             return exception_from_value(value, allow_pickle=self._allow_pickle)
         if kind == GOODBYE:
-            self._dismissed = True
+            self.dismissed = True
             return ServerClosing("the server is shutting down and did not start the stream")
         raise RemoteProtocolError(f"an envelope of kind {kind}, which only clients may send")
 
     def _server_lost_track(self, message: dict[Any, Any]) -> Exception:
-        self._dismissed = True
+        self._lost = True
         return map_error(message, self._allow_pickle)
 
-    async def receive(self) -> Any:
-        return await self._substream.receive()
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of the stream has come or gone, but for the request and maybe our end of it."""
+        return self._substream.items_sent == self._substream.items_received == 0
 
     async def send(self, value: Any) -> None:
-        if self._sent_eof:
+        if self.sent_eof:
             raise LocalProtocolError("send() after send_eof()")
         await self._substream.send(value)
 
     async def send_eof(self) -> None:
-        if self._sent_eof:
+        if self.sent_eof:
             return
-        self._sent_eof = True
+        self.sent_eof = True
         if self._substream.deaf:
             return  # there is nobody to tell
         try:
             await self._substream.send_end()
         except BaseException:
-            self._sent_eof = False
+            self.sent_eof = False
             raise
 
     @property
     def reusable(self) -> bool:
         """Whether the next request may follow: all was said, by both sides."""
         substream = self._substream
-        return substream.ended and not self._dismissed and (substream.items_sent == 0 or self._sent_eof)
+        return substream.ended and not (self.dismissed or self._lost) and (substream.items_sent == 0 or self.sent_eof)
 
 
 class _Plain:

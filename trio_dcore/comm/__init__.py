@@ -25,26 +25,35 @@ from ._base import BaseComm
 from ._batched import BatchedSend
 from ._comm import FramedComm
 from ._connect import check_encryption, connect, connect_with
+from ._gatherer import Gatherer
 from ._hangup import HangupWatcher
 from ._inproc import InprocComm, InprocTransport
+from ._listener import BrokenConnection
 from ._pumps import Pump, SocketPump, StreamPump
 from ._registry import get_transport, register_transport
-from ._substream import Substream, SubstreamComm
+from ._silence import Silence, last_look
+from ._substream import Substream
+from ._substream_comm import SubstreamComm
 from ._tcp import TCPTransport
 from ._tls import TLSTransport
 from ._unix import UnixTransport
+from ._watch import READ_AHEAD
 
 __all__ = [
+    "READ_AHEAD",
     "BaseComm",
     "BatchedSend",
+    "BrokenConnection",
     "Comm",
     "CommSettings",
     "FramedComm",
+    "Gatherer",
     "HangupWatcher",
     "InprocComm",
     "Listener",
     "Peer",
     "Pump",
+    "Silence",
     "SocketPump",
     "StreamPump",
     "Substream",
@@ -59,6 +68,7 @@ __all__ = [
     "get_address_host_port",
     "get_local_address_for",
     "get_transport",
+    "last_look",
     "listen_address",
     "normalize_address",
     "parse_address",

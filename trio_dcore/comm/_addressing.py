@@ -11,6 +11,7 @@ TypeError.
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import trio
@@ -113,16 +114,9 @@ def parse_host_port(address: str | tuple[str, int | str], default_port: int | st
         AddressError: a bare IPv6 address, no port, a port that is no number up to 65535, or a host that can't be one.
         TypeError: neither a str nor a pair.
     """
-    host: str
-    port: int | str | None
     if isinstance(address, str):
-        host, port = _split_host_port(parse_address(address)[1], address)
-    else:
-        host, port = _checked_pair(address)
-    if port is None:
-        if default_port is None:
-            raise AddressError(f"missing port number in address {address!r}")
-        port = default_port
+        return _parse_host_port(address, default_port)
+    host, port = _checked_pair(address)
     return _checked_host(host, address), _checked_port(port, address)
 
 
@@ -391,6 +385,18 @@ def _split_host_port(location: str, whole: str) -> tuple[str, str | None]:
     if ":" in host:
         raise AddressError(f"invalid address {whole!r}: IPv6 addresses need brackets, like [::1]:8786")
     return host, port
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _parse_host_port(address: str, default_port: int | str | None) -> tuple[str, int]:
+    """:func:`parse_host_port` for a text: who connects often does so to few addresses, and asks more than once each time."""
+    host, port = _split_host_port(parse_address(address)[1], address)
+    found: int | str | None = port
+    if found is None:
+        found = default_port
+    if found is None:
+        raise AddressError(f"missing port number in address {address!r}")
+    return _checked_host(host, address), _checked_port(found, address)
 
 
 def _checked_pair(pair: object) -> tuple[str, int | str]:

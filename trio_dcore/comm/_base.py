@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -28,9 +29,11 @@ class BaseComm(Comm):
         settings: what the comm was made with.
         serving: the comm is a server's: what its handlers write is bounded by ``Limits.stream_stall``, and all else by
             ``write_stall``.  What a client writes may wait for ever.
+        asking: the comm is that of :func:`~trio_dcore.connect`, whose server waits for a request.
         fault: in what way the peer went over a limit or broke the protocol, so that the comm was closed; else empty.
         after_read: called, if not None, when a task has stopped reading the comm.
         last_id: of the last opted-in request that was made on the comm; ids grow.
+        pings: both sides answer pings.
         bytes_written, messages_read, messages_written: counters.
     """
 
@@ -39,12 +42,14 @@ class BaseComm(Comm):
         "_local_address",
         "_peer",
         "after_read",
+        "asking",
         "bytes_written",
         "extension",
         "fault",
         "last_id",
         "messages_read",
         "messages_written",
+        "pings",
         "serving",
         "settings",
     )
@@ -59,7 +64,9 @@ class BaseComm(Comm):
         self.settings = settings
         self.extension = None
         self.last_id = 0
+        self.pings = False
         self.serving = False
+        self.asking = False
         self.fault = ""
         self.after_read: Callable[[], None] | None = None
         self.bytes_written = self.messages_read = self.messages_written = 0
@@ -84,7 +91,16 @@ class BaseComm(Comm):
     @property
     @abstractmethod
     def heard(self) -> bool:
-        """Whether anything at all has come from the peer, be it only the end.  Not a checkpoint."""
+        """For a comm that has not finished its handshake: whether the peer has done its part, as far as it could.  Not a checkpoint.
+
+        What has come and waits to be read may be that, and so may be the end; what has been read and was not enough is not.  Over
+        TLS it is also to have made us answer.
+        """
+
+    @property
+    def rest_since(self) -> float:
+        """Since when a task waits for the rest of a message of which a part has come, by trio's clock; ``math.inf`` if none does."""
+        return math.inf
 
     @property
     def last_message_size(self) -> int:
@@ -192,15 +208,42 @@ class BaseComm(Comm):
         What is left is read for that, without waiting: the comm is of no further use.
         """
 
+    def read_ahead(self, id: int, most: int, *, fill: bool = True) -> bool:
+        """Answer the pings of a request whose handler runs; what else has come is kept, in order, for the next reads.
+
+        Not a checkpoint.  Does nothing while a task reads the comm.
+
+        Args:
+            id: the request's.
+            most: bytes that may be kept, but for the last message, which may be of any size.
+            fill: read what can be had without waiting; else what comes has been read already.
+
+        Returns:
+            Whether it makes sense to go on when more has come.
+        """
+        return False
+
+    def outstanding(self) -> tuple[int, int]:
+        """(bytes that the system has taken of messages that had to wait, bytes that the peer's has not taken of ours).
+
+        The first only grows; both are 0 where nobody can tell.
+        """
+        return 0, 0
+
     @abstractmethod
     def socket_fileno(self) -> int | None:
         """The descriptor whose hang-up means that the peer has gone, or None where there is none."""
 
     @abstractmethod
-    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
+    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None], look: Callable[[], bool] | None = None) -> None:
         """Have ``on_end`` called when the peer ends the comm, also while nobody reads; a task in ``nursery`` sees to it.
 
         For comms without a :meth:`socket_fileno`.  Bytes that come meanwhile are kept for the next read.
+
+        Args:
+            nursery: for the task.
+            on_end: called once.
+            look: called whenever bytes have come, returns whether there is room for more; None is a fixed number of bytes.
         """
 
     @abstractmethod

@@ -16,8 +16,9 @@ A frame is atomic: whatever interrupts a write after its first byte, or a read i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,20 +28,19 @@ from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
 from ..abc import CommSettings, Peer
 from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
-from ..protocol._envelope import GOODBYE, parse_envelope
+from ..protocol._envelope import PONG
 from ..protocol._frames import HANDSHAKE, JOIN_BELOW, FrameParser, join_small, pack_prelude, single_frame
-from ..protocol._handshake import local_handshake, negotiate
 from ..protocol._limits import KiB
 from ..protocol._messages import Decoder, Encoder
+from ._ahead import ReadAhead, find_goodbye
 from ._base import BaseComm, Unsent
+from ._greeting import GREETING_DECODER, GREETING_ENCODER, JudgingEncoder, conclude, greeting
 from ._pace import acquire_within, stalled
 from ._pumps import MESSAGE_WEIGHT, YIELD_BYTES, Pump
 from ._watch import EndWatch
 
 __all__ = ["FramedComm"]
 
-# Messages that are looked at in search of a goodbye: credits and pongs may stand in front of it.
-_MOST_BEHIND = 64
 # Bytes that may be owed: some credits and pongs.  A peer that makes us owe more isn't reading.
 _MOST_OWED = 16 * KiB
 
@@ -49,18 +49,21 @@ class FramedComm(BaseComm):
     """A comm that speaks Dask's framing over a pump."""
 
     __slots__ = (
+        "_ahead",
         "_broken",
         "_closed",
         "_decoder",
         "_encoder",
         "_encoder_telling",
         "_ended",
+        "_items_owed",
         "_owed",
         "_parser",
         "_pump",
         "_reading",
         "_send_lock",
         "_sending",
+        "_unjudged",
         "_watch",
     )
 
@@ -70,13 +73,16 @@ class FramedComm(BaseComm):
         pump.progress = settings.limits.progress_timeout, settings.limits.progress_rate
         self._parser = FrameParser(settings.limits, self._is_trusted, first=HANDSHAKE)
         # Until the handshake is done: plain data only.
-        self._encoder = _HANDSHAKE_ENCODER
+        self._encoder = GREETING_ENCODER
         self._encoder_telling: Encoder | None = None
-        self._decoder = _HANDSHAKE_DECODER
+        self._decoder = GREETING_DECODER
         self._send_lock: trio.StrictFIFOLock | None = None
         self._sending = False  # somebody has the send lock, or something is owed, or nothing more can be sent
         self._owed: list[Buffer] = []  # what is to be sent before anything else
+        self._items_owed = False  # among that are items of a stream
         self._reading = False
+        self._ahead: ReadAhead | None = None
+        self._unjudged: Encoder | None = None  # the encoder of a client that has not asked yet who the server is
         self._watch: EndWatch | None = None
         self._closed = ""  # why, once it is
         self._broken = ""  # why nothing can be written any more; what the peer wrote before can still be read
@@ -88,7 +94,11 @@ class FramedComm(BaseComm):
 
     @property
     def heard(self) -> bool:
-        return self._parser.total > 0 or (not self._closed and self._pump.heard)
+        return not self._closed and self._pump.heard
+
+    @property
+    def rest_since(self) -> float:
+        return self._pump.rest_since
 
     @property
     def last_message_size(self) -> int:
@@ -126,27 +136,28 @@ class FramedComm(BaseComm):
 
     async def handshake(self) -> None:
         limits = self.settings.limits
-        local = local_handshake(compression=None, window=(limits.window, limits.window_bytes), pooled=self.settings.pooled)
+        frames = greeting(self.settings)
         # Either order will do (wire document, section 3).  A server reads first: so the peer still waits for an answer when it is asked
         # who it is, before it can have sent all that it wanted and left; and who says nothing costs next to nothing.
         if not self.serving:
-            await self._transmit(_HANDSHAKE_ENCODER.encode(local), "write_stall")
+            await self._transmit(frames, "write_stall")
         found = await self.next_head()
         if found is None:
             raise CommClosedError(f"{self.peer_address} closed the comm during the handshake")
-        # A client asks who it is now: before, the server may not have accepted yet, and later it may have left.
-        _ = self._peer.trusted
+        if not self.asking:
+            _ = self._peer.trusted
         if self.serving:
-            await self._transmit(_HANDSHAKE_ENCODER.encode(local), "write_stall")
+            await self._transmit(frames, "write_stall")
         try:
             # Phase one only: a payload in a handshake is never touched, whoever sent it.
-            negotiated = negotiate(local, found[0])
+            negotiated = conclude(self.settings, found[0])  # type: ignore[arg-type]  # its frame as it came
         except RemoteProtocolError:
             self._doom("bad handshake")
             raise
         extension = negotiated.extension
         features: frozenset[str] = frozenset() if extension is None else extension.features
         self.extension = extension if "calls" in features else None
+        self.pings = self.extension is not None and "pings" in features
         extensions = "types" in features
         self._encoder = Encoder(
             EncodeContext(
@@ -163,9 +174,29 @@ class FramedComm(BaseComm):
             )
         )
         self._decoder = Decoder(self._decode_context(), extensions=extensions)
+        if self.asking:
+            self._unjudged = self._encoder
+            if self._parser.buffered:
+                self.judge()  # the server doesn't wait for us: it has gone on to say something, and may be about to leave
+            else:
+                # Else it waits for a request, so it is asked who it is when there is one: a comm that is never used needs no answer.
+                # Whoever writes or reads first comes by here, and nobody after that.
+                self._encoder = JudgingEncoder(self)
+                self._reading = True
         if extension is None and limits.tcp_user_timeout is not None:
             # It would kill a live peer that merely isn't reading, so between trio_dcore peers a ping finds the dead ones.
             self._pump.set_user_timeout(limits.tcp_user_timeout)
+
+    def judge(self) -> Encoder:
+        """A client asks who the server is: not before it has accepted, and not after it may have left.  Returns the encoder."""
+        encoder = self._unjudged
+        if encoder is not None:
+            if self._encoder is not encoder:
+                self._encoder = encoder
+                self._reading = False
+            self._unjudged = None
+            _ = self._peer.trusted
+        return self._encoder
 
     # -- reading ----------------------------------------------------------------------------------------------------------------
 
@@ -178,12 +209,18 @@ class FramedComm(BaseComm):
 
     async def next_head(self, ahead: bool = False) -> tuple[object, list[Buffer] | None] | None:
         if self._reading:
-            watch = self._watch
-            if watch is None or not watch.reading:
-                raise trio.BusyResourceError("another task is reading this comm")
-            await watch.pause()
-            if self._reading:
-                raise trio.BusyResourceError("another task is reading this comm")
+            if self._unjudged is not None:
+                self.judge()
+            else:
+                watch = self._watch
+                if watch is None or not watch.reading:
+                    raise trio.BusyResourceError("another task is reading this comm")
+                if self._ahead is not None and self._ahead.ready:
+                    self.messages_read += 1
+                    return await self._ahead.next_head(self._pump)  # the watch reads on
+                await watch.pause()
+                if self._reading:
+                    raise trio.BusyResourceError("another task is reading this comm")
         if self._closed:
             raise self._closed_error()
         parser = self._parser
@@ -191,7 +228,10 @@ class FramedComm(BaseComm):
         self._reading = True
         frames = None
         try:
-            frames = parser.next_message() if self._ended else await pump.pull(parser)
+            if self._ahead is not None and self._ahead.kept:
+                frames = self._ahead.take()  # in front of what else has come
+            else:
+                frames = parser.next_message() if self._ended else await pump.pull(parser)
             if frames is None:
                 self._ended = True
                 if parser.mid_message:
@@ -232,8 +272,22 @@ class FramedComm(BaseComm):
         marked = len(frames) > 1 or frame0.partition(b"__")[1]
         return self._decoder.head(frame0), frames if marked else None
 
-    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
-        self._watch = EndWatch(self, nursery, on_end)
+    def read_ahead(self, id: int, most: int, *, fill: bool = True) -> bool:
+        if self._closed or self._ended or (fill and self._reading):
+            return False
+        ahead = self._ahead = self._ahead or ReadAhead(self._parser, self._decoder)
+        pinged, room = ahead.read(id, most, self._pump if fill else None)
+        if pinged:
+            with suppress(CommClosedError, trio.ClosedResourceError):  # it has gone by itself
+                self.write_soon((PONG, id, None))  # one answer does for many: the peer wants to know whether we live
+        return room
+
+    def outstanding(self) -> tuple[int, int]:
+        return self._pump.taken, 0 if self._closed else self._pump.untaken()
+
+    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None], look: Callable[[], bool] | None = None) -> None:
+        self.judge()
+        self._watch = EndWatch(self, nursery, on_end, look)
 
     def unwatch_end(self) -> None:
         if self._watch is not None:
@@ -243,12 +297,12 @@ class FramedComm(BaseComm):
 
     @property
     def reading(self) -> bool:
-        return self._reading and (self._watch is None or not self._watch.reading)
+        return self._reading and self._unjudged is None and (self._watch is None or not self._watch.reading)
 
     @property
     def buffered(self) -> int:
         """Bytes that have been read and not been used yet."""
-        return self._parser.buffered
+        return self._parser.buffered if self._ahead is None else self._ahead.size
 
     def reserve_reading(self, reserved: bool) -> None:
         """For the watch: from now on, or no longer, it is the one that reads."""
@@ -367,9 +421,12 @@ class FramedComm(BaseComm):
             # A first part is only sent while nobody has the lock and nothing is owed, so nothing gets in front of its rest.
             owed, self._owed = self._owed, []
             pump = self._pump
+            if owed and self._items_owed:
+                stall, seconds = "stream_stall", self.settings.limits.stream_stall  # a stream's consumer may take its time
             try:
                 if owed or buffers:
                     await pump.send(owed + buffers, sent, seconds)
+                self._items_owed = self._items_owed and bool(self._owed)
             except trio.ClosedResourceError:
                 self.abort()
                 raise self._closed_error() from None
@@ -408,10 +465,37 @@ class FramedComm(BaseComm):
             raise self._closed_error(nothing_sent=True)
         return self._write_now(message, _MOST_OWED)
 
-    def _write_now(self, message: Any, most_owed: int) -> bool:
+    def push(self, head: bytes, items: int) -> int:
+        """Send an encoded message of one frame, that holds so many items of a stream; return its size.  Not a checkpoint.
+
+        What the kernel doesn't take is owed, however much it is; :meth:`settle` waits for that.
+        """
+        if self._closed or self._broken:
+            raise self._closed_error(nothing_sent=True)
+        data = single_frame(head)
+        size = len(data)
+        self._send_now(data, math.inf)
+        self._items_owed = bool(self._owed)
+        self._pump.unwaited += MESSAGE_WEIGHT * items + size
+        return size
+
+    async def settle(self, stall: str) -> None:
+        """Wait until all that is owed has been sent, and let other tasks run where that is due.
+
+        Cancellation: nothing is lost, unless a message was in its middle; then the comm is closed.
+        """
+        if self._sending:
+            await self._transmit_slowly([], 0, stall)
+        await self.finish(([], 0, 0))
+
+    def _write_now(self, message: Any, most_owed: float) -> bool:
         """Send a message and owe what the kernel doesn't take; False if that is all of it and more than may be owed."""
         frames = self._encoder.encode(message)
-        data = single_frame(frames[0]) if len(frames) == 1 else b"".join((pack_prelude(frames), *frames))
+        return self._send_now(
+            single_frame(frames[0]) if len(frames) == 1 else b"".join((pack_prelude(frames), *frames)), most_owed
+        )
+
+    def _send_now(self, data: bytes, most_owed: float) -> bool:
         sent = 0
         sending = self._sending
         if not sending:
@@ -496,19 +580,7 @@ class FramedComm(BaseComm):
             await trio.lowlevel.checkpoint()
             return
         self._closed = _CLOSED_HERE
-        with self._bounded_close():
-            await self._pump.aclose()
-
-    @contextmanager
-    def _bounded_close(self) -> Iterator[None]:
-        """A polite close may involve the peer (TLS does); it gets ``Limits.linger`` seconds and then ends anyway."""
-        try:
-            with trio.move_on_after(self.settings.limits.linger):
-                yield
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the peer was gone already: closed is closed
-        finally:
-            self._pump.abort()
+        await self._pump.close_within(self.settings.limits.linger)
 
     def closed(self) -> bool:
         return bool(self._closed) or self._ended or bool(self._broken)
@@ -516,32 +588,12 @@ class FramedComm(BaseComm):
     def stale(self) -> bool:
         if self._closed or self._ended or self._broken or self._parser.mid_message:
             return True
-        return self._pump.readable()
+        return (self._ahead is not None and bool(self._ahead.kept)) or self._pump.readable()
 
     def take_goodbye(self, before: int) -> bool:
-        if self._closed or self.extension is None or self._reading:
+        if self._closed or self.extension is None or (self._reading and self._unjudged is None):
             return False
-        try:
-            for _ in range(_MOST_BEHIND):
-                frames = self._parser.next_message()
-                if frames is not None:
-                    kind, identity, _ = parse_envelope(self._decoder.head(frames[0]))
-                    if kind == GOODBYE:
-                        return identity < before
-                elif not self._pump.fill_nowait(self._parser):
-                    break
-        except (RemoteProtocolError, LimitExceeded):
-            pass  # whatever it is, it is no goodbye
-        return False
+        return find_goodbye(self._parser, self._pump, self._decoder) < before
 
 
 _CLOSED_HERE = "this comm was closed here"
-
-
-def _no() -> bool:
-    return False
-
-
-# A handshake is one map of plain values, whoever it goes to or comes from.
-_HANDSHAKE_ENCODER = Encoder(EncodeContext(allow_pickle=_no))
-_HANDSHAKE_DECODER = Decoder(DecodeContext(allow_pickle=_no))

@@ -71,14 +71,13 @@ async def connect_with(address: str, settings: CommSettings, timeout: float | No
     last_error: Exception | None = None
     attempt = 0
     give_up = math.inf if timeout is None else trio.current_time() + timeout
-    with trio.CancelScope(deadline=give_up) as scope:
-        while True:
-            # A first attempt that hangs (a lost SYN) must not use up all the time (as Dask's connect).
-            patience = timeout / 5 if attempt == 0 and timeout is not None else math.inf
-            comm = None
+    while True:
+        # A first attempt that hangs (a lost SYN) must not use up all the time (as Dask's connect).
+        patience = timeout / 5 if attempt == 0 and timeout is not None else math.inf
+        comm = None
+        with trio.CancelScope(deadline=min(give_up, trio.current_time() + patience)) as scope:
             try:
-                with trio.CancelScope(deadline=trio.current_time() + patience):
-                    comm = await transport.connect(location, settings)
+                comm = await transport.connect(location, settings)
             except AddressError:
                 raise
             except OSError as error:
@@ -88,16 +87,21 @@ async def connect_with(address: str, settings: CommSettings, timeout: float | No
                     comm.abort()
                     raise TypeError(f"the transport for {scheme}:// made {comm!r}, which is no trio_dcore.comm.BaseComm")
                 limit = settings.limits.handshake_timeout
-                if limit is not None:
-                    scope.deadline = min(give_up, trio.current_time() + limit)
+                scope.deadline = give_up if limit is None else min(give_up, trio.current_time() + limit)
+                comm.asking = True
                 last_error = TimeoutError("the peer accepted the connection and stayed silent")
                 await _handshake(comm, address)
                 return comm
-            if last_error is None:
-                last_error = TimeoutError(f"no answer within {patience:.3g} s")
-            attempt += 1
+        if comm is not None or trio.current_time() >= give_up:
+            break
+        if last_error is None:
+            last_error = TimeoutError(f"no answer within {patience:.3g} s")
+        attempt += 1
+        with trio.CancelScope(deadline=give_up) as pause:
             await trio.sleep(random.uniform(0, _FIRST_PAUSE * 2 ** min(attempt, 10)))
-    if scope.deadline < give_up:
+        if pause.cancelled_caught:
+            break
+    if comm is not None and scope.deadline < give_up:
         seconds, setting = settings.limits.handshake_timeout, "Limits.handshake_timeout"
     else:
         seconds, setting = timeout, "timeout"

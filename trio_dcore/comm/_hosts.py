@@ -6,6 +6,7 @@ socket's own name is then the address that such packets would leave from.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 import struct
@@ -24,6 +25,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _IFNAMSIZ = 16  # linux/if.h
 
 
+@functools.lru_cache(maxsize=256)
 def numeric_host(host: str) -> str | None:
     """Return ``host`` in its shortest spelling if it is an IP address (``[0:0::1]`` as ``::1``), else None.  Not a checkpoint."""
     try:

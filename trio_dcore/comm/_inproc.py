@@ -177,7 +177,7 @@ class InprocComm(BaseComm):
             _rebuild(container, new)
         return new.get(id(message), message)
 
-    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
+    def watch_end(self, nursery: trio.Nursery, on_end: Callable[[], None], look: Callable[[], bool] | None = None) -> None:
         self.on_hangup = on_end
 
     def unwatch_end(self) -> None:

@@ -1,4 +1,4 @@
-"""What all listeners on sockets share: accepting."""
+"""What all listeners on sockets share: accepting, and what may go wrong with it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, w
 from ..abc import CommSettings, Listener
 from ._comm import FramedComm
 
-__all__ = ["BACKLOG", "SocketListener"]
+__all__ = ["BACKLOG", "BrokenConnection", "SocketListener"]
 
 #: Connections that the system keeps until they are accepted (``distributed.comm.socket-backlog``).
 BACKLOG = 2048
 # Connections accepted in a row before other tasks get their turn.
 _ACCEPT_RUN = 16
 # accept() reports errors of a connection that died in the queue as its own; the next one may be fine (man 2 accept).
-_DEAD_ON_ARRIVAL = {
+_DEAD_IN_QUEUE = {
     getattr(errno, name)
     for name in (
         "ECONNABORTED",
@@ -33,11 +33,15 @@ _DEAD_ON_ARRIVAL = {
         "EHOSTUNREACH",
         "EOPNOTSUPP",
         "ENETUNREACH",
-        "ENOTCONN",  # the peer was gone before its address was asked for
-        "EINVAL",  # likewise, on macOS, for its options
     )
     if hasattr(errno, name)
 }
+# The peer was gone before its address was asked for, or, on macOS, before its options were set.
+_DEAD_SINCE = {*_DEAD_IN_QUEUE, errno.ENOTCONN, errno.EINVAL, errno.ECONNRESET}
+
+
+class BrokenConnection(OSError):
+    """A connection was accepted and could not be made a comm; it was closed, and the listener is as good as before."""
 
 
 class SocketListener(Listener):
@@ -63,13 +67,20 @@ class SocketListener(Listener):
                 raise trio.ClosedResourceError("this listener was closed")
             self._accepted += 1
             try:
-                return self._make_comm(self._socket.accept()[0])
+                sock = self._socket.accept()[0]
             except BlockingIOError:
                 self._accepted = 0
                 await wait_readable(self._socket)
+                continue
             except OSError as error:
-                if error.errno not in _DEAD_ON_ARRIVAL:
+                if error.errno not in _DEAD_IN_QUEUE:
                     raise
+                continue
+            try:
+                return self._make_comm(sock)
+            except OSError as error:
+                if error.errno not in _DEAD_SINCE:
+                    raise BrokenConnection(*error.args) from error
 
     def close(self) -> None:
         if self._socket.fileno() == -1:

@@ -18,7 +18,7 @@ from ..protocol._batches import Batch
 from ..protocol._encoding import Encoder
 from ._base import BaseComm
 from ._comm import FramedComm
-from ._substream import SubstreamComm
+from ._substream_comm import SubstreamComm
 
 __all__ = ["Outbox"]
 

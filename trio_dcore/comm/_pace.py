@@ -1,7 +1,8 @@
 """How slow a peer may be inside a message, in either direction (security document, section 2).
 
 What is measured is progress, not time: a large message over a thin line takes as long as it takes, while one byte now and then, or
-none, does not hold a connection for ever.  Nothing here runs, and no scope is entered, before there is something to wait for.
+none, does not hold a connection for ever, whatever was sent before.  Nothing here runs, and no scope is entered, before there is
+something to wait for.
 """
 
 from __future__ import annotations
@@ -40,17 +41,20 @@ async def pull_rest(
     Args:
         fill: waits for bytes and gives them to the parser; False at the end of the stream.
         parser: has the part.
-        timeout: seconds that nothing may come.
-        rate: bytes a second; the message must be complete by ``timeout + received / rate``.  None is no such limit.
+        timeout: seconds that nothing may come; ``math.inf`` is no such limit.
+        rate: bytes a second, None is no such limit.  The message must be complete by ``timeout + received / rate``, both counted
+            from a mark.  That is the beginning at first, and whenever ``timeout`` seconds' worth of bytes have come in time since
+            the mark, it moves to now: else who sends much at once could then be silent, nearly, for days.
 
     Cancellation: nothing is lost; what had come is in the parser.
 
     Raises:
         LimitExceeded: it is too slow.
     """
-    began = now = trio.current_time()
+    now = trio.current_time()
+    mark = _Mark(now, timeout, rate)
     while True:
-        late = _late(began, parser, timeout, rate)
+        late = mark.late(now, _received(parser))
         with trio.CancelScope(deadline=min(now + timeout, late)) as scope:
             while True:
                 if not await fill(parser):
@@ -59,7 +63,7 @@ async def pull_rest(
                 if frames is not None:
                     return frames
                 now = trio.current_time()
-                late = _late(began, parser, timeout, rate)
+                late = mark.late(now, _received(parser))
                 scope.deadline = min(now + timeout, late)
                 if scope.cancel_called:
                     break  # something has come all the same: it was we who had no time to look
@@ -72,7 +76,7 @@ async def pull_rest(
             value=timeout,
             seen=timeout,
         )
-    seen = _received(parser) / (trio.current_time() - began)
+    seen = mark.seen(trio.current_time(), _received(parser))
     raise LimitExceeded(
         f"a message came at {seen:.3g} bytes a second, below the limit of {rate}; change it with Limits(progress_rate=...)",
         limit="progress_rate",
@@ -85,8 +89,31 @@ def _received(parser: FrameParser) -> int:
     return parser.received + parser.buffered
 
 
-def _late(began: float, parser: FrameParser, timeout: float, rate: float | None) -> float:
-    return math.inf if rate is None else began + timeout + _received(parser) / rate
+class _Mark:
+    """From where on the rate of a message is measured (see :func:`pull_rest`)."""
+
+    __slots__ = ("_rate", "_received", "_time", "_timeout")
+
+    def __init__(self, now: float, timeout: float, rate: float | None) -> None:
+        self._time = now
+        # What came before anybody read counts: it buys its sender no more time than it would have without the mark.
+        self._received = 0
+        self._timeout = timeout
+        self._rate = rate
+
+    def late(self, now: float, received: int) -> float:
+        """When the message must be complete, if no more of it comes."""
+        rate = self._rate
+        if rate is None:
+            return math.inf
+        since = received - self._received
+        if since >= rate * self._timeout and since >= rate * (now - self._time):
+            self._time, self._received, since = now, received, 0
+        return self._time + self._timeout + since / rate
+
+    def seen(self, now: float, received: int) -> float:
+        """The rate since the mark, where that is some time ago."""
+        return (received - self._received) / (now - self._time)
 
 
 async def writable_within(sock: socket.socket, seconds: float) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import select
 import socket
 import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import trio
 from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
@@ -59,15 +61,17 @@ class Pump(ABC):
         partial: whether the last :meth:`send` got part of its bytes out before it failed.
         progress: ``Limits.progress_timeout`` and ``progress_rate``, which :meth:`pull` sees to inside a message.  Without the first
             there is no second.
+        rest_since: since when :meth:`pull` waits for the rest of a message of which a part has come; ``math.inf`` if it doesn't.
         taken: bytes that :meth:`send` got out since the start; for those who wait behind it.
     """
 
-    __slots__ = ("partial", "progress", "taken", "unwaited")
+    __slots__ = ("partial", "progress", "rest_since", "taken", "unwaited")
 
     def __init__(self) -> None:
         self.unwaited = 0
         self.partial = False
         self.progress: tuple[float | None, float | None] = None, None
+        self.rest_since = math.inf
         self.taken = 0
 
     async def pull(self, parser: FrameParser) -> list[Buffer] | None:
@@ -81,8 +85,11 @@ class Pump(ABC):
         while (frames := parser.next_message()) is None:
             if parser.mid_message:
                 timeout, rate = self.progress
-                if timeout is not None:
-                    return await pull_rest(self.fill, parser, timeout, rate)
+                self.rest_since = trio.current_time()
+                try:
+                    return await pull_rest(self.fill, parser, math.inf if timeout is None else timeout, timeout and rate)
+                finally:
+                    self.rest_since = math.inf
             if not await self.fill(parser):
                 return None
         return frames
@@ -93,6 +100,11 @@ class Pump(ABC):
 
         Cancellation: nothing is lost; what had come is in the parser.
         """
+
+    @property
+    def sends_at_once(self) -> bool:
+        """Whether :meth:`try_send` sends anything at all."""
+        return True
 
     @abstractmethod
     def try_send(self, data: bytes) -> int:
@@ -117,14 +129,21 @@ class Pump(ABC):
     def readable(self) -> bool:
         """Whether bytes or the end of the stream could be read now, as far as that can be told without waiting."""
 
+    #: Whether :meth:`aclose` only lets other tasks run, and never waits for the peer nor fails.
+    closes_at_once: ClassVar[bool] = False
+
     @property
     def heard(self) -> bool:
-        """Whether anything has come that no parser was given yet, the end of the stream included."""
+        """See ``BaseComm.heard``."""
         return self.readable()
 
     @abstractmethod
     def fill_nowait(self, parser: FrameParser) -> bool:
         """Give the parser what can be read without waiting; False if that is nothing, or the end."""
+
+    def untaken(self) -> int:
+        """Bytes that the system has taken and the peer's has not, as far as it tells."""
+        return 0
 
     @abstractmethod
     def fileno(self) -> int | None:
@@ -147,11 +166,26 @@ class Pump(ABC):
     async def aclose(self) -> None:
         """Close; the peer reads all that was sent and then the end.  Closes also when cancelled."""
 
+    async def close_within(self, seconds: float) -> None:
+        """Close: politely, which may involve the peer (it does with TLS), for so many seconds, and then anyway."""
+        if self.closes_at_once:
+            await self.aclose()
+            return
+        try:
+            with trio.move_on_after(seconds):
+                await self.aclose()
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer was gone already: closed is closed
+        finally:
+            self.abort()
+
 
 class SocketPump(Pump):
     """A pump on a bare, connected, non-blocking stream socket, which it owns."""
 
     __slots__ = ("_ready", "_recv", "_send", "_size", "socket")
+
+    closes_at_once = True
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
@@ -272,6 +306,9 @@ class SocketPump(Pump):
         parser.filled(received)
         return received > 0
 
+    def untaken(self) -> int:
+        return untaken(self.socket)
+
     def fileno(self) -> int | None:
         return self.socket.fileno()
 
@@ -310,12 +347,13 @@ class SocketPump(Pump):
     async def aclose(self) -> None:
         # All that was accepted for sending is with the kernel, which delivers it after the close; unless something has come that
         # was not read: then the close is a reset, which may overtake what was sent.
-        try:
-            for _ in range(_DISCARDS):
-                if not self._recv(_LARGE_READ):
-                    break
-        except OSError:
-            pass  # there is no more, or the peer was faster
+        if self.readable():
+            try:
+                for _ in range(_DISCARDS):
+                    if not self._recv(_LARGE_READ):
+                        break
+            except OSError:
+                pass  # there is no more, or the peer was faster
         self.abort()
         await cancel_shielded_checkpoint()
 
@@ -346,6 +384,10 @@ class StreamPump(Pump):
             data = bytes(data)
         parser.feed(data)
         return bool(data)
+
+    @property
+    def sends_at_once(self) -> bool:
+        return self._send_nowait is not None
 
     def try_send(self, data: bytes) -> int:
         if self._send_nowait is None:

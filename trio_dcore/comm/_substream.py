@@ -14,13 +14,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
-from trio.lowlevel import ParkingLot, checkpoint_if_cancelled
+from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_cancelled, current_task
 
-from ..abc import Comm, Peer
 from ..errors import (
     CommClosedError,
     LimitExceeded,
-    LocalProtocolError,
     RemoteProtocolError,
     SerializationError,
     UnsafePayload,
@@ -39,9 +37,13 @@ from ..protocol._envelope import (
     parse_envelope,
 )
 from ._base import BaseComm, Unsent
+from ._comm import FramedComm
 from ._pace import stalled
 
-__all__ = ["Substream", "SubstreamComm"]
+__all__ = ["Substream"]
+
+# Items that came in one message with others let other tasks run after so many, as messages do (architecture document, section 3.2).
+_YIELD_ITEMS = 16
 
 
 class _Unreadable:
@@ -66,31 +68,43 @@ class Substream:
             not send that.
         half_close: an END from the peer ends its items only: it still takes ours.  A client's does; a server's ends the request.
         on_map: given a message that is a map, where the peer may answer with one, returns what on_end returns.
+        owner: the task that reads the comm again when the request has ended; others may still use the stream then, and are told by
+            :meth:`detach`.
     """
 
     __slots__ = (
+        "_check_at",
         "_comm",
-        "_credit_items",
-        "_credit_size",
         "_deaf",
+        "_detached",
         "_ended",
+        "_ends",
         "_failure",
+        "_freed",
         "_half_close",
+        "_half_items",
         "_inbox",
         "_on_end",
         "_on_map",
         "_outstanding_items",
         "_outstanding_size",
+        "_owner",
         "_reading",
         "_receiving",
         "_senders",
-        "_sending",
+        "_strays",
+        "_taken",
         "_turn",
+        "_unyielded",
         "_used_items",
         "_used_size",
         "_window",
+        "before_sending",
+        "credit_items",
+        "credit_size",
         "id",
         "items_sent",
+        "sending",
     )
 
     def __init__(
@@ -103,27 +117,70 @@ class Substream:
         on_end: Callable[[int, object], Exception | None],
         half_close: bool = False,
         on_map: Callable[[dict[Any, Any]], Exception | None] | None = None,
+        owner: trio.lowlevel.Task | None = None,
     ) -> None:
         self._comm = comm
         self.id = id
-        self._credit_items = credit.items
-        self._credit_size = credit.size
+        self._owner = owner
+        self._detached = ""  # why nothing goes in or out any more
+        self._strays: set[trio.CancelScope] = set()  # round what tasks other than the owner read
+        self._freed = ParkingLot()  # the owner waits there until they have let go
+        #: Called, if not None, before anything is sent.
+        self.before_sending: Callable[[], None] | None = None
+        self.credit_items = credit.items
+        self.credit_size = credit.size
         self._window = window
         self._on_end = on_end
         self._half_close = half_close
         self._on_map = on_map
-        self._inbox: deque[tuple[Any, int]] = deque()
+        self._inbox: deque[Any] = deque()
+        self._ends: deque[tuple[int, int]] = deque()  # of each message in it: how many have come up to its last item; its size
         self._ended = False  # the peer sends no more items
         self._deaf = False  # the peer takes no more items
         self._failure: Exception | None = None
         self._outstanding_items = self._outstanding_size = 0  # received, credit not yet given back
         self._used_items = self._used_size = 0  # of these, taken by our user
+        self._half_items = (window.items + 1) // 2
+        self._taken = 0  # items, since the beginning
+        self._check_at = math.inf  # when so many are taken there is credit to account for
+        self._unyielded = 0
         self._receiving = False  # a receive waits
         self._reading = False  # a receive or a send reads the comm
         self._turn = ParkingLot()  # those who wait for what the reader finds
-        self._sending = False
+        self.sending = False
         self._senders = ParkingLot()  # those who wait for their turn to send
         self.items_sent = 0
+
+    def detach(self, why: str) -> None:
+        """The request has ended: nothing more goes in or out, and whoever reads the comm lets go of it.  Not a checkpoint.
+
+        Tasks that its handler left behind get CommClosedError, but for one in the middle of a message: that is sent.
+        """
+        self._detached = why
+        self._ended = self._deaf = True
+        self._failure = CommClosedError(why)
+        for stray in self._strays:
+            stray.cancel(reason=why)
+        self._turn.unpark_all()
+
+    @property
+    def held(self) -> bool:
+        """Whether a task that :meth:`detach` has told to let go of the comm has still to do so."""
+        return bool(self._strays)
+
+    async def wait_free(self) -> None:
+        """Wait until nobody reads the comm any more: a step or two of the tasks that were told."""
+        # Their reads can be interrupted at any time, so this ends by itself; the deadline is for a foreign stream that does not.
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + self._comm.settings.limits.linger):
+            while self._strays:
+                await self._freed.park()
+        if self._strays:
+            self._comm.abort()
+
+    @property
+    def items_received(self) -> int:
+        """How many have come."""
+        return self._taken + len(self._inbox)
 
     @property
     def ended(self) -> bool:
@@ -134,11 +191,6 @@ class Substream:
     def deaf(self) -> bool:
         """Whether the peer takes no more items."""
         return self._deaf
-
-    @property
-    def drained(self) -> bool:
-        """Whether nothing more comes, and all that came was taken."""
-        return self._ended and not self._inbox
 
     async def receive(self) -> Any:
         """The next item.
@@ -151,29 +203,53 @@ class Substream:
             CommClosedError: the comm ended or broke.
             SerializationError, UnsafePayload, TypeError: this item can't be read; the next one can.
         """
-        await checkpoint_if_cancelled()
         if not self._inbox:
-            if self._receiving:
-                raise trio.BusyResourceError("another task is receiving from this stream")
-            self._receiving = True
-            try:
-                while not self._inbox:
-                    if self._failure is not None:
-                        raise self._failure
-                    if self._ended:
-                        raise trio.EndOfChannel
-                    await self._read_one()
-            finally:
-                self._receiving = False
-        value, size = self._inbox.popleft()
-        self._used_items += 1
-        self._used_size += size
-        window = self._window
-        if not self._ended and (2 * self._used_items >= window.items or 2 * self._used_size >= window.size):
-            self._grant()
+            await self._wait_for_item()
+        else:
+            await checkpoint_if_cancelled()
+            self._unyielded += 1
+        value = self._inbox.popleft()
+        taken = self._taken = self._taken + 1
+        if taken >= self._check_at:
+            self._account()
+        if self._unyielded >= _YIELD_ITEMS:
+            self._unyielded = 0
+            await cancel_shielded_checkpoint()
         if type(value) is _Unreadable:
             raise value.error
         return value
+
+    async def _wait_for_item(self) -> None:
+        await checkpoint_if_cancelled()
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving from this stream")
+        self._receiving = True
+        try:
+            while not self._inbox:
+                if self._failure is not None:
+                    raise self._failure
+                if self._ended:
+                    raise trio.EndOfChannel
+                await self._read_one()
+        finally:
+            self._receiving = False
+
+    def _account(self) -> None:
+        """Credit comes back message by message: a message counts for its bytes when its last item was taken."""
+        taken = self._taken
+        ends = self._ends
+        while ends and ends[0][0] <= taken:
+            self._used_size += ends.popleft()[1]
+        used = self._used_items = self._outstanding_items - len(self._inbox)
+        window = self._window
+        if not self._ended and (used >= self._half_items or 2 * self._used_size >= window.size):
+            self._grant()
+        self._check_later()
+
+    def _check_later(self) -> None:
+        # At the end of a message, and as soon as half of the window is used; if a grant is still owed, that is with the next item.
+        half = self._taken + max(1, self._half_items - (self._outstanding_items - len(self._inbox)))
+        self._check_at = min(half, self._ends[0][0]) if self._ends else half
 
     def _grant(self) -> None:
         """Give the peer back the credit for what was taken; tried again with the next item if far too much waits to be sent."""
@@ -201,36 +277,76 @@ class Substream:
             LimitExceeded: the peer has taken nothing, or given no credit, for ``Limits.stream_stall``; the comm was closed.
             SerializationError, UnsafePayload: the item can't be sent; the stream is as it was.
         """
+        comm = self._comm
+        return await self._send(lambda: comm.start((ITEM, self.id, value), serializers, on_error))
+
+    async def send_encoded(self, frames: list[Buffer]) -> int:
+        """:meth:`send` an item, given the frames of its envelope."""
+        comm = self._comm
+        assert isinstance(comm, FramedComm)
+        return await self._send(lambda: comm._start(frames))
+
+    async def _send(self, start: Callable[[], Unsent | None]) -> int:
         await checkpoint_if_cancelled()
         await self._begin_sending()
         try:
             if not self._has_credit:
                 await self._wait_for_credit()
-            if self._deaf:
-                raise CommClosedError("the other side has ended the stream and takes no more items") from self._failure
-            self._credit_items -= 1
+            self._check_heard()
+            self.credit_items -= 1
             comm = self._comm
             before = comm.bytes_written
             try:
-                unsent = comm.start((ITEM, self.id, value), serializers, on_error)
+                unsent = start()
                 if unsent is not None:
                     await self._finish(unsent, "stream_stall")
             except BaseException:
-                self._credit_items += 1
+                self.credit_items += 1
                 raise
             if comm.by_reference:  # there, only items are counted
                 size = 1
             else:
                 size = comm.bytes_written - before if unsent is None else unsent[1]
-                self._credit_size -= size
+                self.credit_size -= size
         finally:
             self._end_sending()
         self.items_sent += 1
         return size
 
+    def _check_heard(self) -> None:
+        if self._detached:
+            raise CommClosedError(self._detached)
+        if self._deaf:
+            raise CommClosedError("the other side has ended the stream and takes no more items") from self._failure
+
     @property
     def _has_credit(self) -> bool:
-        return self._credit_items > 0 and self._credit_size > 0
+        return self.credit_items > 0 and self.credit_size > 0
+
+    async def wait_for_credit(self) -> None:
+        """Wait until an item may be sent.  Raises as :meth:`send` does."""
+        await self._begin_sending()
+        try:
+            await self._wait_for_credit()
+            self._check_heard()
+        finally:
+            self._end_sending()
+
+    async def settle(self) -> None:
+        """Wait until all that was pushed behind the stream's back is sent, and let others run where that is due.
+
+        Cancellation, and what this raises: as :meth:`send`, but no item is lost unless the comm is.
+        """
+        comm = self._comm
+        assert isinstance(comm, FramedComm)
+        await self._begin_sending()
+        try:
+            if comm._sending and not self._deaf:
+                await _while_reading(lambda: comm.settle("stream_stall"), self._read_ahead)
+            else:
+                await comm.settle("stream_stall")
+        finally:
+            self._end_sending()
 
     async def _wait_for_credit(self) -> None:
         """Wait until there is enough, or no use for it; any credit is progress, and nothing else that comes."""
@@ -240,14 +356,14 @@ class Substream:
             if seconds is None:
                 await self._read_one()
                 continue
-            before = self._credit_items, self._credit_size
+            before = self.credit_items, self.credit_size
             with trio.CancelScope(deadline=due) as scope:
                 await self._read_one()
             if scope.cancelled_caught:
                 error = stalled(self._comm.peer_address, "stream_stall", seconds)
                 self._comm.give_up(error)
                 raise error
-            if before != (self._credit_items, self._credit_size):
+            if before != (self.credit_items, self.credit_size):
                 due = trio.current_time() + seconds
 
     async def send_end(self) -> None:
@@ -278,24 +394,41 @@ class Substream:
 
     async def _begin_sending(self) -> None:
         """Wait for our turn: only when one item has left is it known what credit there is for the next."""
-        if self._sending:
+        if self.sending:
             await self._senders.park()  # woken by whoever has the turn, and then it is ours
-        self._sending = True
+        self.sending = True
+        if self.before_sending is not None:
+            self.before_sending()
 
     def _end_sending(self) -> None:
         if self._senders:
             self._senders.unpark()
         else:
-            self._sending = False
+            self.sending = False
 
     async def _read_one(self, ahead: bool = False) -> None:
         """Read one envelope, or wait until another task has; ``ahead`` as for ``next_head``."""
         if self._reading:
             await self._turn.park()
             return
+        if self._detached:
+            raise CommClosedError(self._detached)
         self._reading = True
         try:
-            found = await self._comm.next_head(ahead)
+            if self._owner is None or current_task() is self._owner:
+                found = await self._comm.next_head(ahead)
+            else:
+                # It may outlive the request, and must then let go of the comm at once, wherever it is.
+                with trio.CancelScope() as stray:
+                    self._strays.add(stray)
+                    try:
+                        found = await self._comm.next_head(ahead=True)
+                    finally:
+                        self._strays.discard(stray)
+                        if self._detached and not self._strays:
+                            self._freed.unpark_all()
+                if self._detached and (stray.cancelled_caught or found is None):
+                    return
             if found is None:
                 raise CommClosedError(f"{self._comm.peer_address} closed the comm in the middle of a stream")
             head, frames = found
@@ -338,8 +471,8 @@ class Substream:
             self._arrived(value)
         elif kind == WINDOW:
             credit = parse_credit(value)
-            self._credit_items += credit.items
-            self._credit_size += credit.size
+            self.credit_items += credit.items
+            self.credit_size += credit.size
         elif kind == PING:
             self._comm.write_soon((PONG, self.id, None))
         elif kind != PONG:  # which needs nothing: that it came is the news
@@ -359,9 +492,9 @@ class Substream:
             raise RemoteProtocolError("more items than the stream's window allows")
         self._outstanding_items += len(values)
         self._outstanding_size += size
-        last = len(values) - 1
-        for index, value in enumerate(values):
-            self._inbox.append((value, size if index == last else 0))
+        self._inbox.extend(values)
+        self._ends.append((self._taken + len(self._inbox), size))
+        self._check_later()
 
 
 async def _while_reading(write: Callable[[], Awaitable[None]], read: Callable[[], Awaitable[None]]) -> None:
@@ -404,86 +537,3 @@ async def _while_reading(write: Callable[[], Awaitable[None]], read: Callable[[]
             raise failure
         finally:
             failure = None  # it refers to this frame
-
-
-_CLOSED_HERE = "this comm was closed here"
-
-
-class SubstreamComm(Comm):
-    """What a handler gets as ``comm`` on an opted-in request: its writes are items, its reads the client's items.
-
-    Args:
-        substream: carries the items.
-        comm: the connection underneath.
-        refusal: why nothing can be written, where the caller waits for one reply; else empty.
-    """
-
-    __slots__ = ("_closed", "_comm", "_refusal", "_substream")
-
-    def __init__(self, substream: Substream, comm: BaseComm, refusal: str = "") -> None:
-        self._substream = substream
-        self._comm = comm
-        self._refusal = refusal
-        self._closed = ""  # why, once it is
-
-    async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
-        try:
-            return await self._write(message, on_error, serializers)
-        except trio.ClosedResourceError as error:
-            raise CommClosedError(str(error)) from error
-
-    async def send(self, value: Any) -> None:
-        await self._write(value, None, None)
-
-    async def _write(self, message: Any, on_error: str | None, serializers: Sequence[str] | None) -> int:
-        self._check_open()
-        if self._refusal:
-            raise LocalProtocolError(self._refusal)
-        return await self._substream.send(message, on_error=on_error or "message", serializers=serializers)
-
-    async def read(self) -> Any:
-        try:
-            return await self.receive()
-        except trio.EndOfChannel:
-            raise CommClosedError("the client has ended its side of the stream") from None
-        except trio.ClosedResourceError as error:
-            raise CommClosedError(str(error)) from error
-
-    async def receive(self) -> Any:
-        self._check_open()
-        return await self._substream.receive()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError(self._closed)
-
-    def abort(self) -> None:
-        self._closed = self._closed or _CLOSED_HERE
-        self._comm.abort()
-
-    async def aclose(self) -> None:
-        """Take and send no more items on this request.  The connection itself goes on: it is the server's."""
-        self._closed = self._closed or _CLOSED_HERE
-        await trio.lowlevel.checkpoint()
-
-    def detach(self) -> None:
-        """The request has ended, and with it this view of the connection.  Not a checkpoint."""
-        self._closed = self._closed or "the request that this comm belonged to has ended"
-
-    def closed(self) -> bool:
-        return bool(self._closed) or self._comm.closed()
-
-    @property
-    def local_address(self) -> str:
-        return self._comm.local_address
-
-    @property
-    def peer_address(self) -> str:
-        return self._comm.peer_address
-
-    @property
-    def peer(self) -> Peer:
-        return self._comm.peer
-
-    def __repr__(self) -> str:
-        return f"<stream {self._substream.id} on {self._comm!r}>"

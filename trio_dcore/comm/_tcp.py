@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from functools import partial
 
 import trio
-from trio.lowlevel import wait_writable
+from trio.lowlevel import checkpoint_if_cancelled, wait_writable
 
 from ..abc import CommSettings, Listener, Peer, Transport
 from ..errors import AddressError
 from ..protocol._limits import Limits
 from ._addressing import parse_host_port, unparse_host_port
 from ._comm import FramedComm
-from ._credentials import loopback_verdict
+from ._credentials import Name, Verdict, loopback_verdict
 from ._hosts import get_ip, get_ipv6
 from ._listener import BACKLOG, SocketListener
 from ._pumps import SocketPump
@@ -26,6 +26,9 @@ __all__ = ["TCPTransport"]
 
 # Tries to find one port that is free on all of a name's addresses (as many as Dask's listener makes).
 _PORT_TRIES = 5
+# What connect() says of a socket that doesn't block, the first time and later.
+_UNDER_WAY = frozenset({errno.EINPROGRESS, errno.EALREADY, errno.EWOULDBLOCK})
+_DONE = frozenset({0, errno.EISCONN})
 # An interface's number is a C unsigned int.
 _LARGEST_ZONE = 2**32 - 1
 
@@ -38,6 +41,7 @@ class TCPTransport(Transport):
 
     async def connect(self, location: str, settings: CommSettings) -> FramedComm:
         host, port = parse_host_port(location)
+        await checkpoint_if_cancelled()
         return make_comm(await open_socket(host, port), settings)
 
     async def listen(self, location: str, settings: CommSettings) -> Sequence[Listener]:
@@ -65,13 +69,15 @@ async def open_socket(host: str, port: int) -> socket.socket:
     try:
         sock.setblocking(False)
         target = (host, port) if family == socket.AF_INET else _scoped(host, port)
-        try:
-            sock.connect(target)
-        except BlockingIOError:
+        code = sock.connect_ex(target)
+        if code in _UNDER_WAY:
+            # On this machine that took no time, and asking again costs less than a wait.
+            code = sock.connect_ex(target)
+        if code in _UNDER_WAY:
             await wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, f"connecting to {unparse_host_port(host, port)}: {errno.errorcode.get(code, code)}") from None
+        if code not in _DONE:
+            raise OSError(code, f"connecting to {unparse_host_port(host, port)}: {errno.errorcode.get(code, code)}")
     except BaseException:
         sock.close()
         raise
@@ -112,7 +118,7 @@ def make_comm(sock: socket.socket, settings: CommSettings) -> FramedComm:
         peer = Peer(
             socket_address(remote),
             "loopback" if loopback else "tcp",
-            verify=partial(_verdict, sock, loopback, settings.security.trust_loopback),
+            verify=partial(_verdict, sock, loopback, settings.security.trust_loopback, (local, remote)),
         )
         return FramedComm(SocketPump(sock), local_address=socket_address(local), peer=peer, settings=settings)
     except BaseException:
@@ -120,15 +126,15 @@ def make_comm(sock: socket.socket, settings: CommSettings) -> FramedComm:
         raise
 
 
-def _verdict(sock: socket.socket, loopback: bool, trust_loopback: bool) -> tuple[bool, str]:
+def _verdict(sock: socket.socket, loopback: bool, trust_loopback: bool, names: tuple[Name, Name] | None = None) -> Verdict:
     if not loopback:
         return False, "it is not on this machine's loopback interface, and tcp:// tells nothing about who it is"
     if not trust_loopback:
         return False, "Security(trust_loopback=False) is set"
-    return loopback_verdict(sock)
+    return loopback_verdict(sock, names)
 
 
-def socket_address(sockname: tuple[str, int, int, int] | tuple[str, int], scheme: str = "tcp") -> str:
+def socket_address(sockname: Name, scheme: str = "tcp") -> str:
     """``tcp://host:port`` of what getsockname() returned."""
     return f"{scheme}://{unparse_host_port(sockname[0], sockname[1])}"
 

@@ -53,7 +53,8 @@ def _build(security: Security, role: Literal["listen", "connect"]) -> ssl.SSLCon
     if security.tls_max_version is not None:
         context.maximum_version = _VERSIONS[security.tls_max_version]
     if role == "listen":
-        # Nobody resumes sessions, and a ticket would be something to read on a comm that is idle.
+        # A ticket would be something to read on a comm that is idle, and a session that is resumed shows no certificate.  With TLS 1.2
+        # OpenSSL keeps sessions here, too, which nothing in Python turns off: the pump refuses who resumes one.
         context.num_tickets = 0
         context.options |= ssl.OP_NO_TICKET
     if security.tls_ciphers is not None:

@@ -46,6 +46,8 @@ _CHUNK = 256 * KiB
 _NO_TLS = b"\x15\x03\x01\x00\x02\x02\x46"
 # Rounds that are spent on what may be messages of TLS's own.
 _LOOKS = 16
+# Bytes that TLS may have to say of its own while the peer takes none: its answers to 2000 requests for new keys.
+_MOST_CONTROL = 64 * KiB
 # Bytes kept to tell what it is that isn't TLS.
 _FIRST = 64
 
@@ -65,13 +67,14 @@ class TLSPump(SocketPump):
 
     __slots__ = (
         "_ahead",
+        "_answered",
+        "_control",
         "_ended",
         "_engine",
         "_eof",
         "_established",
         "_failure",
         "_first",
-        "_heard",
         "_incoming",
         "_outgoing",
         "_roomy",
@@ -89,11 +92,12 @@ class TLSPump(SocketPump):
         self._engine = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname)
         self._established = False
         self._unsent = memoryview(b"")  # ciphertext that the kernel has not taken
+        self._control = 0  # bytes of what waits to be sent that TLS says of its own, at most
         self._short = 0  # bytes that were encrypted and not reported as sent: none or one
         self._ahead: bytes | None = None  # plain text that was read to see whether there is any
         self._failure: Exception | None = None  # of such a look; for the next read
         self._first = b""  # what came first, during the handshake
-        self._heard = False
+        self._answered = False  # what came, during the handshake, was enough for the engine to say something
         self._eof = False  # the peer has closed its side of the connection
         self._ended = False  # ... or that of TLS
         self._waiting = False  # a task waits for something to read
@@ -119,6 +123,7 @@ class TLSPump(SocketPump):
                 try:
                     self._engine.do_handshake()
                 except ssl.SSLWantReadError:
+                    self._answered = self._answered or bool(self._first and self._outgoing.pending)
                     await self._flush(None)
                     if not await self._more():
                         raise CommClosedError(self._why_closed(None)) from None
@@ -131,6 +136,10 @@ class TLSPump(SocketPump):
             raise
         except OSError as error:
             raise CommClosedError(self._why_closed(error)) from error
+        if self._engine.server_side and self._engine.session_reused:
+            # Of TLS 1.2, whose sessions OpenSSL keeps, and Python can't tell it not to: nobody has looked at the certificate again,
+            # which may have expired since.
+            raise RemoteProtocolError("TLS failed: the peer resumes an earlier session instead of showing its certificate again")
         self._established = True
         self._first = b""
 
@@ -177,8 +186,8 @@ class TLSPump(SocketPump):
 
     @property
     def heard(self) -> bool:
-        """Whether anything at all has come from the peer."""
-        return self._heard or bool(self._ready(0))
+        """See ``BaseComm.heard``."""
+        return self._answered or bool(self._ready(0))
 
     def _receive(self, size: int) -> int:
         """Take from the socket what is there, and return its size; BlockingIOError if that is nothing, 0 at the end."""
@@ -186,7 +195,6 @@ class TLSPump(SocketPump):
         if not data:
             self._eof = True
             return 0
-        self._heard = True
         if not self._established and len(self._first) < _FIRST:
             self._first += data[:_FIRST]
         self._incoming.write(data)
@@ -216,6 +224,7 @@ class TLSPump(SocketPump):
             raise self._failure
         size = self._incoming.pending + self._engine.pending()
         if size:
+            waiting = self._outgoing.pending
             try:
                 # Not more than there may be: the engine allocates it.  Not less than some either: it may have part of a record.
                 data = self._engine.read(min(max(size, _SMALL_RECORD), _RECORD))
@@ -228,25 +237,43 @@ class TLSPump(SocketPump):
                 return data
             finally:
                 if self._outgoing.pending:
-                    self._answer()
+                    self._answer(waiting)
         if self._eof:
             # Tornado, and so Dask, closes without saying goodbye in TLS's way.  In the middle of a message the parser tells.
             self._ended = True
             return b""
         return None
 
-    def _answer(self) -> None:
-        """TLS has something to say of its own, such as new keys; it goes now, or before the next message."""
+    def _answer(self, waiting: int) -> None:
+        """TLS may have something to say of its own, such as new keys; it goes now, or before the next message.
+
+        Args:
+            waiting: what was in the outgoing buffer before.
+
+        Raises:
+            RemoteProtocolError: the peer makes it say more and more, and takes none of it.
+        """
+        # What waited is ours to bound; of the answers among it no more can be left than there is.
+        self._control = min(self._control, waiting + len(self._unsent)) + self._outgoing.pending - waiting
         try:
-            self._flush_now()
+            if self._flush_now():
+                return
         except OSError:
             pass  # whoever writes next is told; what the peer wrote before can still be read
+        if self._control > _MOST_CONTROL and self._failure is None:
+            # Kept, for who reads ahead does not tell.
+            self._failure = RemoteProtocolError(
+                "the peer keeps asking for answers of TLS's own, such as new keys, and takes none of them: "
+                f"more than {_MOST_CONTROL} bytes wait to be sent"
+            )
+            raise self._failure
 
     def _decrypt_into(self, target: memoryview) -> int | None:
         """As :meth:`_decrypt`, straight into a buffer; returns the size."""
         size = len(target)
         done = 0
         if self._incoming.pending or self._engine.pending():
+            waiting = self._outgoing.pending
             try:
                 while done < size:
                     # typeshed's type of the buffer is too narrow
@@ -261,7 +288,7 @@ class TLSPump(SocketPump):
                 raise self._failed(error) from error
             finally:
                 if self._outgoing.pending:
-                    self._answer()
+                    self._answer(waiting)
         if done:
             return done
         self._ended = self._ended or self._eof
@@ -414,9 +441,9 @@ class TLSPump(SocketPump):
         await self._flush(stall)
         views = [memoryview(buffer) for buffer in buffers]
         views[0] = views[0][skip + self._short :]
-        self._short = 0
-        if not self._roomy(0):
+        if any(map(len, views)) and not self._roomy(0):
             await self._wait_writable(stall)
+        self._short = 0  # not before: if the wait is cancelled, the byte stands at the front of the next call, too
         since_wait = 0
         for view in views:
             for start in range(0, len(view), _CHUNK):

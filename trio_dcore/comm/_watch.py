@@ -27,12 +27,16 @@ class EndWatch:
         comm: while somebody else reads it, the watch waits for that reader, who resumes it when done.
         nursery: the watching tasks live here.
         on_end: called, once, when the peer has ended or broken the stream; not when the comm is closed here.
+        look: called whenever something has come, returns whether there is room for more; None is READ_AHEAD.
     """
 
-    def __init__(self, comm: FramedComm, nursery: trio.Nursery, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, comm: FramedComm, nursery: trio.Nursery, on_end: Callable[[], None], look: Callable[[], bool] | None = None
+    ) -> None:
         self._comm = comm
         self._nursery = nursery
         self._on_end: Callable[[], None] | None = on_end
+        self._look = look
         self._scope = trio.CancelScope()
         self._paused = trio.Event()
         self._paused.set()
@@ -48,12 +52,15 @@ class EndWatch:
     def resume(self) -> None:
         """Go on watching, unless the end has been reported or there is no more room to read ahead."""
         self._wanted = False
-        if self._on_end is None or self.reading or self._comm.buffered >= READ_AHEAD:
+        if self._on_end is None or self.reading or not self._has_room():
             return
         self._scope = trio.CancelScope()
         self._paused = trio.Event()
         self._comm.reserve_reading(True)
         self._nursery.start_soon(self._watch, name="watching for the end of a comm")
+
+    def _has_room(self) -> bool:
+        return self._comm.buffered < READ_AHEAD if self._look is None else self._look()
 
     async def pause(self) -> None:
         """Stop reading; returns when the comm is free for another reader, who resumes the watch when done.
@@ -77,9 +84,11 @@ class EndWatch:
         ended = False
         try:
             with self._scope:
-                while self._comm.buffered < READ_AHEAD:
+                while True:
                     if not await self._comm.wait_incoming():
                         ended = True
+                        break
+                    if not self._has_room():
                         break
         except trio.ClosedResourceError:
             self._on_end = None  # closed here: there is nothing to watch

@@ -22,7 +22,7 @@ from ._errors import (
     UnknownOp,
     UnsafePayload,
 )
-from ._families import deserialize, register_serialization, serialize
+from ._families import deserialize, open_serialized, register_serialization, serialize
 from ._frames import FrameParser, pack_prelude
 from ._handshake import Extension, Negotiated, local_handshake, negotiate
 from ._limits import GiB, KiB, Limits, MiB
@@ -69,6 +69,7 @@ __all__ = [
     "loads",
     "local_handshake",
     "negotiate",
+    "open_serialized",
     "pack_prelude",
     "register_serialization",
     "serialize",

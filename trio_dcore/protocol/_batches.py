@@ -12,7 +12,7 @@ from struct import Struct
 from ._context import Buffer
 from ._limits import KiB, MiB
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "array_header"]
 
 # What a stranger accepts of one message by default is twice as much, or four times (Limits: head, frames, message), and what it
 # allows is not known here.  A list this long gains nothing by being longer.
@@ -24,7 +24,8 @@ _array16 = Struct(">BH").pack
 _array32 = Struct(">BI").pack
 
 
-def _array_header(count: int) -> bytes:
+def array_header(count: int) -> bytes:
+    """What stands in msgpack in front of so many values that make an array."""
     if count < 16:
         return bytes((0x90 | count,))
     return _array16(0xDC, count) if count < 2**16 else _array32(0xDD, count)
@@ -76,4 +77,4 @@ class Batch:
 
     def frames(self) -> list[Buffer]:
         """The frames of the list."""
-        return [b"".join((_array_header(len(self._heads)), *self._heads)), *self._payload_frames]
+        return [b"".join((array_header(len(self._heads)), *self._heads)), *self._payload_frames]

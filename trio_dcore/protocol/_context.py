@@ -57,8 +57,11 @@ class EncodeContext:
 class DecodeContext:
     """How to decode what came from one peer.
 
+    The defaults load pickles, which runs whatever code the sender chose, and limit nothing: they are for what this program made
+    itself.  For a payload that came from a peer there is :func:`~trio_dcore.protocol.open_serialized`, which knows whom it came from.
+
     Args:
-        allow_pickle: asked (lazily) whether a pickle from this peer may be loaded.
+        allow_pickle: asked (lazily) whether a pickle from this peer may be loaded; by default it may.
         why: asked, for errors, why it may not.
         deserializers: families accepted for ``Serialize`` payloads; None accepts all that are known.
         deserialize: False leaves ``Serialize`` payloads as ``Serialized`` objects (``__Pickled__`` ones are still loaded).

@@ -11,7 +11,7 @@ it is used.  Hostile input leads to the errors named at :func:`deserialize` and 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
@@ -22,16 +22,18 @@ from ._collisions import Keys, unpack_plain
 from ._compression import Budget, compress_payload, decompress
 from ._context import Buffer, DecodeContext, EncodeContext
 from ._errors import DcoreError, LimitExceeded, RemoteProtocolError, SerializationError, UnsafePayload
+from ._limits import Limits
 from ._numpy import bare_numpy
 from ._pickle import dump as _pickle_dump
 from ._pickle import pickle_dumps, pickle_loads
 from ._registry import register_serialization
-from ._types import Serialize, Serialized
+from ._types import Pickled, Serialize, Serialized
 
 __all__ = [
     "bare_numpy",
     "deserialize",
     "needs_pickle",
+    "open_serialized",
     "pickle_dumps",
     "pickle_loads",
     "pickled_parts",
@@ -268,6 +270,34 @@ def unpickle_parts(header: Header, frames: list[Buffer], ctx: DecodeContext, *, 
         raise UnsafePayload("a pickle came from a peer that is not trusted; it was not loaded")
     # What is decompressed is read-only with most codecs, and the header doesn't say how it was: arrays come writable in any case.
     return pickle_loads(data, [_with_writeable(frame, True) for frame in _plain_frames(header, frames, ctx, budget)])
+
+
+def open_serialized(
+    wrapper: Serialized | Pickled, *, deserializers: Sequence[str] | None = None, limits: Limits | None = None
+) -> Any:
+    """The value of a payload that came under ``deserialize=False``, or was made here, with the trust that it came with.
+
+    Args:
+        wrapper: what was received; not changed.
+        deserializers: families accepted for a ``Serialized``; None accepts all that are known.
+        limits: how far it may grow when decompressed, and how large a head in it may be; None is the defaults.
+
+    Raises:
+        UnsafePayload: it takes a pickle, and ``wrapper.trusted`` is False; nothing was unpickled.
+        RemoteProtocolError, SerializationError, LimitExceeded, TypeError: as :func:`deserialize`.
+    """
+    if not isinstance(wrapper, (Serialized, Pickled)):
+        raise TypeError(f"open_serialized() takes a Serialized or Pickled, not a {type(wrapper).__name__}")
+    trusted = bool(wrapper.trusted)
+    limits = Limits() if limits is None else limits
+    message, head = (limits.message_trusted, limits.head_trusted) if trusted else (limits.message, limits.head)
+    ctx = DecodeContext(
+        allow_pickle=lambda: trusted,
+        deserializers=None if deserializers is None else tuple(deserializers),
+        max_message=lambda: message,
+        max_head=lambda: head,
+    )
+    return (deserialize if isinstance(wrapper, Serialized) else unpickle_parts)(wrapper.header, wrapper.frames, ctx)
 
 
 def _map(header: object) -> Header:

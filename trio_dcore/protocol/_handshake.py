@@ -6,6 +6,7 @@ stock peer stores and ignores.  Nothing here does I/O or knows the time: boundin
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from typing import Any
 from ._envelope import KEY
 from ._errors import RemoteProtocolError
 
-__all__ = ["FEATURES", "VERSION", "Extension", "Negotiated", "local_handshake", "negotiate"]
+__all__ = ["FEATURES", "PING_PATIENCE", "VERSION", "Extension", "Negotiated", "local_handshake", "negotiate"]
 
 #: The version of the wire extension that is spoken here (docs/wire-extension.md).
 VERSION = 1
 
 #: What this side can do beyond the plain Dask protocol.  A feature is used only where both sides name it.
-FEATURES = ("calls", "streams", "deadlines", "types", "errors")
+FEATURES = ("calls", "streams", "deadlines", "types", "errors", "pings")
 
 # Dask has said 5 ever since Python 3.8, 4 from scheduler to worker; CPython's is 5.  Far above either is not a protocol number.
 _PICKLE_PROTOCOL = 5
@@ -35,6 +36,12 @@ _MAX_NAMES = 64
 _MAX_WINDOW_ITEMS = 2**20
 _MAX_WINDOW_BYTES = 2**32
 
+# Seconds; beyond it nobody is in a hurry.
+_MAX_PING = 1e6
+
+#: Seconds in which a peer that doesn't say otherwise wants the answer to a ping.
+PING_PATIENCE = 4.0
+
 
 @dataclass(frozen=True, slots=True)
 class Extension:
@@ -45,12 +52,14 @@ class Extension:
         features: what both sides can do.
         window: items and bytes of one stream that the peer lets us send before it grants more.
         pooled: the peer makes nothing but calls on this comm, so it understands a goodbye at any time.
+        ping: seconds in which it wants the answer to a ping, if it said so.
     """
 
     version: int
     features: frozenset[str]
     window: tuple[int, int]
     pooled: bool = False
+    ping: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +81,22 @@ class Negotiated:
     remote: dict[Any, Any]
 
 
-def local_handshake(*, compression: str | None, window: tuple[int, int], pooled: bool = False) -> dict[str, Any]:
+def local_handshake(
+    *, compression: str | None, window: tuple[int, int], pooled: bool = False, ping: float | None = None
+) -> dict[str, Any]:
     """Build the map to send.
 
     Args:
         compression: the codec that we would like to use, None for none (Dask's value on one host).
         window: items and bytes that the peer may send us in each stream before we grant more.
         pooled: the comm is a pool's: only requests are made on it, so a goodbye may come at any time.
+        ping: seconds in which we want the answer to a ping, if that is sooner than a server gives it anyway.
     """
     extension: dict[str, Any] = {"version": VERSION, "features": list(FEATURES), "window": list(window)}
     if pooled:
         extension["pooled"] = True
+    if ping is not None:
+        extension["ping"] = ping
     return {
         "compression": compression,
         "python": list(sys.version_info[:3]),
@@ -143,11 +157,15 @@ def _extension(local: Mapping[str, Any], remote: object) -> Extension:
     pooled = remote.get("pooled", False)
     if not isinstance(pooled, bool):
         raise _wrong(f"{KEY}.pooled", pooled, "a bool")
+    ping = remote.get("ping")
+    if ping is not None and not (type(ping) in (int, float) and 0 < ping < math.inf):
+        raise _wrong(f"{KEY}.ping", ping, "a number of seconds above 0")
     return Extension(
         version=min(local["version"], version),
         features=frozenset(local["features"]).intersection(features),
         window=(min(window[0], _MAX_WINDOW_ITEMS), min(window[1], _MAX_WINDOW_BYTES)),
         pooled=pooled,
+        ping=None if ping is None else float(min(ping, _MAX_PING)),
     )
 
 

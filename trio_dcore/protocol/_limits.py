@@ -49,14 +49,16 @@ class Limits:
         handshake_timeout: seconds for TLS and comm handshake together.
         progress_timeout: seconds of silence allowed inside a message, while somebody reads; without it there is no progress_rate
             either.
-        progress_rate: bytes a second; a message must be complete by ``progress_timeout + received / progress_rate``.
+        progress_rate: bytes a second; a message must be complete by ``progress_timeout + received / progress_rate``, counted from when
+            somebody began to read it, and anew from when the latest ``progress_timeout`` seconds' worth of it had come in time.
         write_stall: seconds for which a peer may take nothing of a handshake, reply or error.
         stream_stall: the same for a handler's own writes, generator items and ``.stream()`` sends, which also may wait so long for
             the other side's window.
         idle: seconds after which an idle comm is closed.
         linger: seconds for the orderly flush when a comm is closed.
-        ping_interval: seconds between pings on an opted-in comm while a call is in flight.
-        ping_timeout: seconds without an answer after which the peer is taken for dead.
+        ping_interval: seconds of silence after which one side of a call that takes its time pings the other, where both are trio_dcore.
+        ping_timeout: seconds without an answer after which the peer is taken for dead.  So is a process whose event loop a handler
+            blocks for that long: mark such a handler with :func:`~trio_dcore.in_thread`.  None for either: no pings from here.
         pool_wait: seconds that a call waits for a free slot of a full pool.
         tcp_user_timeout: seconds; the socket option, set towards stock Dask peers only.
         window: items of a stream that may be on their way or unread.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..abc import Comm, Listener
-from ..comm import BaseComm
+from ..comm import BaseComm, BrokenConnection
 from ._room import Room
 from ._throttle import Throttle
 
@@ -25,11 +25,12 @@ __all__ = ["Acceptor", "close_idle"]
 
 _log = logging.getLogger("trio_dcore.server")
 
-# The process or the system is out of descriptors or memory: accepting goes on when some are free again.
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_EXHAUSTED_PAUSE = 0.1
+# The listener itself is broken.  All else passes, most of it when the process or the system has descriptors or memory again, and must not
+# cost those who are being served.
+_BROKEN = {errno.EBADF, errno.ENOTSOCK}
+_PAUSE = 0.1
 # Connections accepted in a row before other tasks get their turn, whatever the listener does.
-_ACCEPT_RUN = 16
+_ACCEPT_RUN = 8
 
 
 class Acceptor:
@@ -39,13 +40,17 @@ class Acceptor:
         self._server = server
         self._room = room
         self._turn = trio.StrictFIFOLock()  # of listeners that wait for room
-        self._exhausted = Throttle()
+        self._pauses = Throttle()
+        self._unusable = Throttle()
         self._misfits = Throttle()
 
     async def run(self, listener: Listener) -> None:
         """Accept until the listener is closed or the server stops.
 
         Cancellation: the connection that waits for its place, if any, is closed.
+
+        Raises:
+            OSError: the listener's socket is none any more.
         """
         accepted = 0
         while True:
@@ -53,19 +58,23 @@ class Acceptor:
                 comm: Comm = await listener.accept()
             except trio.ClosedResourceError:
                 return
+            except BrokenConnection as error:
+                if (more := self._unusable.due()) is not None:
+                    _log.warning("a connection to %s can't be used and was closed: %s%s", listener.listen_address, error, more)
             except OSError as error:
-                if error.errno not in _EXHAUSTED:
+                if error.errno in _BROKEN:
                     raise
-                if (more := self._exhausted.due()) is not None:
+                if (more := self._pauses.due()) is not None:
                     _log.warning("accepting on %s pauses: %s%s", listener.listen_address, error, more)
                 # It may be others of this process, or of this machine, who have taken them all, and they don't tell.
-                with trio.move_on_after(_EXHAUSTED_PAUSE):
+                with trio.move_on_after(_PAUSE):
                     await self._room.changed.park()
                 continue
-            if not isinstance(comm, BaseComm):
-                self._refuse_misfit(listener, comm)
-            elif not await self._admit(comm):
-                return
+            else:
+                if not isinstance(comm, BaseComm):
+                    self._refuse_misfit(listener, comm)
+                elif not await self._admit(comm):
+                    return
             accepted += 1
             if accepted % _ACCEPT_RUN == 0:
                 await trio.lowlevel.checkpoint()
@@ -73,13 +82,19 @@ class Acceptor:
     async def _admit(self, comm: BaseComm) -> bool:
         """Serve a comm as soon as there is room; False if the server doesn't take any more."""
         try:
-            async with self._turn:
+            if self._turn.locked():
+                await self._turn.acquire()
+            else:
+                self._turn.acquire_nowait()  # nearly always; the other is a checkpoint
+            try:
                 now = trio.current_time()
                 while (again := self._room.make(now)) > now:
                     with trio.move_on_at(again):
                         await self._room.changed.park()
                     now = trio.current_time()
                 admitted = self._server._admit(comm, now)
+            finally:
+                self._turn.release()
         except BaseException:
             comm.abort()
             raise

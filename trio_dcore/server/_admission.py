@@ -14,7 +14,7 @@ from ._throttle import shown
 if TYPE_CHECKING:
     from ._server import BaseServer
 
-__all__ = ["find_handler"]
+__all__ = ["find_handler", "permitted"]
 
 _log = logging.getLogger("trio_dcore.server")
 
@@ -49,6 +49,11 @@ def find_handler(server: BaseServer, peer: Peer, op: object) -> HandlerEntry | N
     if server._statistics.in_flight >= server.most_requests:
         raise _overloaded(server, peer, op)
     return entry
+
+
+def permitted(server: BaseServer, peer: Peer, op: str) -> bool:
+    """Whether this peer may have a message of a stream handled."""
+    return op not in server.blocked_handlers and (server.authorize is None or _authorized(server, peer, op))
 
 
 def _overloaded(server: BaseServer, peer: Peer, op: str) -> Overloaded:

@@ -6,7 +6,7 @@ import ipaddress
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from .._security import Security
@@ -27,13 +27,14 @@ def announce(server: BaseServer, listeners: Sequence[Listener]) -> None:
     security = server.settings.security
     scheme, _ = parse_address(addresses[0])
     _log.info(
-        "%s listens on %s: %s; pickles are accepted from %s; ops%s: %s",
+        "%s listens on %s: %s; pickles are accepted from %s; ops%s: %s%s",
         server.name,
         ", ".join(addresses),
         _encryption(scheme),
         _trusted(addresses, security),
         "" if server.authorize is None else ", as far as authorize() allows them",
-        ", ".join(sorted(op for op in server.handlers if op not in server.blocked_handlers)),
+        _ops(server, server.handlers),
+        f"; ops of streams: {_ops(server, server.stream_handlers)}" if server.stream_handlers else "",
     )
     if security.pickle == "always" and any(_reaches(address) != "this machine" for address in addresses):
         _log.warning(
@@ -42,6 +43,10 @@ def announce(server: BaseServer, listeners: Sequence[Listener]) -> None:
             server.name,
             ", ".join(addresses),
         )
+
+
+def _ops(server: BaseServer, handlers: Iterable[str]) -> str:
+    return ", ".join(sorted(op for op in handlers if op not in server.blocked_handlers)) or "none"
 
 
 def _encryption(scheme: str) -> str:

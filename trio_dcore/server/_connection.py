@@ -21,7 +21,7 @@ from trio import current_time
 from trio.lowlevel import checkpoint_if_cancelled
 
 from .._util import leaves
-from ..comm import BaseComm
+from ..comm import READ_AHEAD, BaseComm
 from ..errors import (
     CommClosedError,
     HandlerCancelled,
@@ -32,7 +32,7 @@ from ..errors import (
     UnsafePayload,
 )
 from ..protocol._context import Buffer
-from ..protocol._envelope import ERROR, GOODBYE, KEY, PING, PONG, REPLY, RequestHeader, parse_envelope, parse_request_header
+from ..protocol._envelope import ERROR, GOODBYE, KEY, REPLY, RequestHeader, parse_envelope, parse_request_header
 from ..protocol._markers import RESERVED
 from ..protocol._remote_errors import error_reply, error_value
 from ._admission import find_handler
@@ -40,7 +40,7 @@ from ._drive import drive
 from ._handlers import HandlerEntry, wrong_arguments
 from ._request import Request, request_variable
 from ._status import Status
-from ._streams import StreamAnswer, generate
+from ._streams import StreamAnswer
 from ._throttle import shown
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Connection:
     __slots__ = (
         "_awaited",
         "_gone",
+        "_header",
         "_last_id",
         "_misfit",
         "_told",
@@ -92,6 +93,7 @@ class Connection:
         #: For handlers' first wait; None where the hang-up watcher or the comm itself tells of the peer's end.
         self.on_wait: Callable[[], None] | None = None
         self._gone = False  # the peer has hung up
+        self._header: RequestHeader | None = None  # of the request
         self._last_id = 0  # of the last opted-in request
         self._misfit: TypeError | None = None  # the failure of a request whose arguments are not its handler's
         self._told = False  # the log knows that there are requests on it that are refused and don't want an answer
@@ -168,12 +170,50 @@ class Connection:
         trio.lowlevel.current_trio_token().run_sync_soon(self._gone_meanwhile)
 
     def handler_waits(self) -> None:
-        """A handler whose answer is awaited has to wait, and nothing else tells when the peer hangs up."""
-        if self._awaited and not self._watching:  # a generator waits for the first time in each of its steps
+        """A handler whose answer is awaited has to wait, and nothing else tells when the peer hangs up or what it sends."""
+        if self._watching:
+            return  # a generator waits for the first time in each of its steps
+        pinged = self.pinged is not None
+        if self._awaited or pinged:
             nursery = self.server._connection_tasks
             assert nursery is not None
-            self.comm.watch_end(nursery, self.hung_up)
+            self.comm.watch_end(nursery, self.hung_up, (lambda: self._look_ahead(fill=False)) if pinged else None)
             self._watching = True
+
+    @property
+    def pinged(self) -> Request | None:
+        """The request whose handler runs, if pings may come on it; else None."""
+        return self.request if self._header is not None and self.comm.pings else None
+
+    @property
+    def asked_about(self) -> int | None:
+        """The id of the request that runs, if its caller waits for one reply, and so can answer pings; else None."""
+        header = self._header
+        return header.id if header is not None and not header.stream and self._awaited else None
+
+    def attend(self) -> bool:
+        """See to pings while a handler takes its time; False if what comes can't be seen.  May be called again."""
+        if self.comm.reading:
+            return True  # a handler, which answers them
+        if self.watched is None:
+            return self._watching and self._look_ahead(fill=False)
+        room = self._look_ahead()
+        if room and self.server._hangups is not None:
+            self.server._hangups.listen(self.watched, self._look_ahead)
+        return room
+
+    def _look_ahead(self, *, fill: bool = True) -> bool:
+        """Answer pings; whether it makes sense to go on when more has come."""
+        header = self._header
+        if self.request is None or header is None:
+            return False  # its answer was faster
+        return self.comm.read_ahead(header.id, self.comm.settings.limits.window_bytes if header.stream else READ_AHEAD, fill=fill)
+
+    def caller_is_dead(self, seconds: float) -> None:
+        """The caller waits for a reply, and has not answered a ping for so long."""
+        self._gone = True
+        self.comm.give_up(CommClosedError(f"it has not answered a ping for {seconds} s (Limits.ping_timeout)"))
+        self.scope.cancel(reason="the caller does not answer pings")
 
     def give_way(self) -> None:
         """Close in the middle of the handshake, at once: somebody else needs the place."""
@@ -183,6 +223,14 @@ class Connection:
     def close_idle(self) -> bool:
         """Close if nothing is in flight; False if something is, or has just come."""
         if self.idle_since == math.inf or self.comm.stale():
+            return False
+        self._say_goodbye()
+        self.comm.abort()
+        return True
+
+    def close_unfinished(self) -> bool:
+        """Close if nothing is in flight but a request of which the rest has not come; False if something is."""
+        if self.idle_since == math.inf or self.comm.rest_since == math.inf:
             return False
         self._say_goodbye()
         self.comm.abort()
@@ -254,12 +302,13 @@ class Connection:
                 return
 
     def _left_over(self, message: tuple[object, ...]) -> None:
-        """An envelope behind the end of its request, such as credit that crossed it; a ping wants its answer."""
-        kind, identity, _ = parse_envelope(message)
+        """An envelope behind the end of its request, such as credit that crossed it.
+
+        A ping is answered by that end; a pong behind it would be an answer that the pool finds on an idle comm.
+        """
+        _, identity, _ = parse_envelope(message)
         if identity > self._last_id:
             raise RemoteProtocolError(f"an envelope for request {identity}, which was never made")
-        if kind == PING:
-            self.comm.write_nowait((PONG, identity, None))
 
     async def _answer(self, head: dict[Any, Any], frames: list[Buffer] | None) -> bool:
         """Answer one request; False if the connection is to end after it."""
@@ -300,6 +349,9 @@ class Connection:
                 if header is not None:
                     del message[KEY]
                 request = self.request = Request(self, op, comm.peer)  # type: ignore[arg-type]  # there is a handler of that name
+                self._header = header
+                if header is not None and comm.pings and self.server._pinger.asleep:
+                    self.server._pinger.wake()
                 counters = self.server._statistics
                 counters.in_flight += 1
                 counters.requests[request.op] = counters.requests.get(request.op, 0) + 1
@@ -457,7 +509,8 @@ class Connection:
                     return result
             raise _cancelled_because("deadline")
         finally:
-            answer.close()
+            if answer.close():
+                await answer.released()
 
     async def _finish(self, entry: HandlerEntry, result: Any, request: Request, answer: StreamAnswer, *, one_reply: bool) -> Any:
         """Emit what a handler's result is made of; returns what there is to reply."""
@@ -465,12 +518,14 @@ class Connection:
             if one_reply:
                 raise _streams(request)  # not a step of it has run
             context: Context = copy_context()
-            await generate(result, context, answer.emit, self.on_wait)
+            await answer.run(result, context, self.on_wait)
             result = None
         if not answer.streaming:
             return result
         if not entry.takes_comm and result is not None and result is not Status.dont_reply:
             await answer.emit(result)  # a plain handler's only item, as towards a stock server
+        if answer.close():  # behind the end may come the next request
+            await answer.released()
         await answer.end()
         return Status.dont_reply  # the stream's end was its answer
 

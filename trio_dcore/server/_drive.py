@@ -17,19 +17,26 @@ import trio
 from outcome import Error
 from trio.lowlevel import checkpoint_if_cancelled
 
-__all__ = ["drive", "frames_of"]
+__all__ = ["drive", "frames_of", "resume"]
+
+_NOT_BEGUN = object()
 
 
 @types.coroutine
 def _steps(
-    context: Context, coroutine: Coroutine[Any, Any, Any], on_wait: Callable[[], None] | None, whole: bool
+    context: Context,
+    coroutine: Coroutine[Any, Any, Any],
+    on_wait: Callable[[], None] | None,
+    whole: bool,
+    trap: Any = _NOT_BEGUN,
 ) -> Generator[Any, Any, Any]:
     run = context.run
     send = coroutine.send
-    try:
-        trap = run(send, None)
-    except StopIteration as stop:
-        return stop.value
+    if trap is _NOT_BEGUN:
+        try:
+            trap = run(send, None)
+        except StopIteration as stop:
+            return stop.value
     if on_wait is not None:
         on_wait()
     cancelled = False
@@ -74,6 +81,18 @@ def drive(
     """
     coroutine = awaitable if type(awaitable) is types.CoroutineType else _awaited(awaitable)
     return _steps(context, coroutine, on_wait, whole)
+
+
+def resume(context: Context, step: Any, trap: Any, on_wait: Callable[[], None] | None) -> Awaitable[Any]:
+    """:func:`drive` one step of a generator that has been begun by its ``send(None)`` in ``context``, and has to wait.
+
+    Args:
+        context: where the step runs.
+        step: what ``__anext__()`` and the like have returned.
+        trap: what that ``send`` has returned, which is for trio.
+        on_wait: called, synchronously, at once.
+    """
+    return _steps(context, step, on_wait, False, trap)
 
 
 def frames_of(task: trio.lowlevel.Task) -> Iterator[tuple[types.FrameType, int]]:

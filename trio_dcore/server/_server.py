@@ -10,7 +10,7 @@ How it is built
                 └─ guard nursery
                      ├─ _hold_connections      a cancel scope, shielded only with drain_on_cancel, round
                      │    └─ connections nursery: one task for each connection
-                     ├─ the hang-up watcher
+                     ├─ the hang-up watcher, and the pinger
                      └─ accepting nursery: one task for each listener, and one that closes idle connections if Limits.idle is set
 
 ``stop()`` only requests: it marks the server as draining, sets the deadline of the scope round the connections and wakes the serving
@@ -26,6 +26,7 @@ import math
 import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -48,15 +49,17 @@ from ..comm import (
 from ..errors import LocalProtocolError
 from ..protocol._limits import Limits
 from ._accepting import Acceptor, close_idle
+from ._admission import permitted
 from ._announcing import announce
 from ._connection import Connection
 from ._handlers import Handler, HandlerEntry, is_code, run_to_end
+from ._pinger import Pinger
 from ._request import request_variable
 from ._room import Room
 from ._statistics import Counters, ServerStatistics
 from ._status import Life, Status
 from ._stragglers import report_stragglers
-from ._stream_handlers import handle_stream
+from ._stream_handlers import StreamLog, handle_stream
 from ._throttle import Throttle
 
 __all__ = ["BaseServer"]
@@ -130,6 +133,7 @@ class BaseServer:
         # Round what outlives a cancellation as the connections may; the last of these ends it.
         self._reporting = trio.CancelScope(shield=True)
         self._watching = trio.CancelScope(shield=True)
+        self._pinging = trio.CancelScope(shield=True)
         self._connections_ended = trio.Event()
         self._listeners: list[Listener] = []
         self._addresses: list[str] = []
@@ -139,6 +143,8 @@ class BaseServer:
         self._connections = self._room.connections
         self._acceptor = Acceptor(self, self._room)
         self._hangups: HangupWatcher | None = None
+        self._pinger = Pinger(self._connections, self.settings.limits)
+        self._stream_log = StreamLog(self._statistics)
         self.overloads = Throttle()
         self.failed_authorizations = Throttle()
 
@@ -159,13 +165,15 @@ class BaseServer:
     async def handle_stream(self, comm: Comm, extra: Mapping[str, Any] | None = None) -> None:
         """Run ``stream_handlers`` for the messages of a comm until its stream ends; then close it.
 
-        A message with an unknown op, or whose handler raises, is logged and dropped.
+        A message with an unknown op, one that is blocked or that ``authorize`` refuses to the peer, or whose handler raises, is logged
+        and dropped.
 
         Args:
             comm: nobody else reads it.
             extra: further keyword arguments for every handler; a key of the message wins over them.
         """
-        await handle_stream(comm, self.stream_handlers, extra, lambda: self.draining)
+        admits = partial(permitted, self, comm.peer)
+        await handle_stream(comm, self.stream_handlers, extra, lambda: self.draining, self._stream_log, admits)
 
     # -- what it is --------------------------------------------------------------------------------------------------------------
 
@@ -335,6 +343,7 @@ class BaseServer:
                 if sys.platform == "linux":
                     self._hangups = HangupWatcher()
                     guard.start_soon(self._watch_hangups, self._hangups)
+                guard.start_soon(self._ping)
                 guard.start_soon(self._report_stragglers)
                 try:
                     try:
@@ -372,7 +381,7 @@ class BaseServer:
         finally:
             self._connection_tasks = None
             self._connections_ended.set()
-            for scope in (self._reporting, self._watching):
+            for scope in (self._reporting, self._watching, self._pinging):
                 scope.cancel(reason="all connections have ended")
         guard.cancel_scope.cancel(reason="all connections have ended")
 
@@ -380,6 +389,11 @@ class BaseServer:
         # Shielded as what it watches for may be: with drain_on_cancel, connections outlive the cancellation of the server.
         with self._watching:
             await watcher.run()
+
+    async def _ping(self) -> None:
+        # Likewise.
+        with self._pinging:
+            await self._pinger.run()
 
     async def _report_stragglers(self) -> None:
         # Shielded, for it must outlive the cancellation that it reports on; _hold_connections ends it with the last connection.
@@ -511,7 +525,8 @@ class BaseServer:
     # -- for connections ---------------------------------------------------------------------------------------------------------
 
     def _watch(self, connection: Connection) -> None:
-        """Have the connection told when its peer hangs up."""
+        """Have the connection told when its peer hangs up, and looked after while it takes its time."""
+        self._pinger.enter(connection)
         comm = connection.comm
         if isinstance(comm, InprocComm):
             comm.on_hangup = connection.hung_up
@@ -529,6 +544,7 @@ class BaseServer:
             connection.watched = fileno
 
     def _unwatch(self, connection: Connection) -> None:
+        self._pinger.leave(connection)
         if self._hangups is not None and connection.watched is not None:
             self._hangups.forget(connection.watched, connection.hung_up)
 

@@ -6,7 +6,7 @@ import math
 
 import trio
 
-__all__ = ["Throttle", "shown"]
+__all__ = ["Throttle", "shortened", "shown"]
 
 # Characters of a peer's text in a log line or an error.
 _MOST_SHOWN = 200
@@ -42,3 +42,9 @@ def shown(value: object) -> str:
     if isinstance(value, str):
         return repr(value) if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]!r}…"
     return f"a {type(value).__name__}"
+
+
+def shortened(text: str) -> str:
+    """A text of ours that has something of a peer's in it, for a log line: short, and on one line."""
+    text = repr(text)[1:-1] if not text.isprintable() else text
+    return text if len(text) <= 2 * _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…{text[-_MOST_SHOWN:]}"

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import trio
 
+from ..client import PINGER_NAME
 from ._faults import TIMER_NAME
 from ._network import current_network
 
@@ -24,6 +25,8 @@ __all__ = ["Inventory", "LeakError", "no_leaks"]
 _CACHED_THREADS = "Trio thread "
 # trio's own system tasks; what users start of trio's, such as trio.sleep_forever, counts.
 _TRIO_INTERNAL = "trio._"
+# System tasks that end with a stream, or with a pool.
+_END_WITH_THEIR_OWNER = frozenset({TIMER_NAME, PINGER_NAME})
 # Passes of the run's loop that tasks which are about to end get.
 _SETTLE = 50
 
@@ -139,7 +142,7 @@ def _tasks() -> Iterator[tuple[object, tuple[str, str]]]:
     stack = [root] if root is not None else []
     while stack:
         task = stack.pop()
-        if not task.name.startswith(_TRIO_INTERNAL) and task.name != TIMER_NAME:
+        if not task.name.startswith(_TRIO_INTERNAL) and task.name not in _END_WITH_THEIR_OWNER:
             # Of a kind are those that run the same function, whatever they were named.
             yield task, (f"task of {getattr(task.coro, '__qualname__', task.name)}", f"task {task.name}")
         for nursery in task.child_nurseries:

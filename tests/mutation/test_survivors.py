@@ -1,0 +1,188 @@
+"""What a mutant has shown that no other test knew; ``mutate.py`` makes the mutants."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from trio_dcore import CommClosedError, Limits, Server, connect, rpc
+from trio_dcore.abc import CommSettings, Peer
+from trio_dcore.comm import FramedComm, get_transport
+from trio_dcore.comm._pumps import StreamPump
+from trio_dcore.testing import memory_network, memory_stream_pair
+
+
+class TestServer:
+    async def test_a_handler_that_does_not_end_is_named_after_a_cancellation_from_outside(
+        self, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+    ) -> None:
+        """Not only after a stop(): the task that names it must outlive the cancellation itself."""
+        started = trio.Event()
+
+        async def stubborn() -> None:
+            with trio.CancelScope(shield=True):
+                started.set()
+                await trio.sleep(3.5)
+
+        with memory_network():
+            server = Server({"stubborn": stubborn}, name="a server")
+            async with trio.open_nursery() as nursery:
+                (address,) = await nursery.start(server.serve, "memory://")
+                async with rpc(address) as remote:
+                    await remote.stubborn.notify()
+                    await started.wait()
+                    nursery.cancel_scope.cancel()
+                    await server.finished()
+        told = [record.getMessage() for record in caplog.records if "does not end" in record.getMessage()]
+        assert len(told) == 3
+        assert all(text.startswith("a server waits for a task that does not end: connection from") for text in told)
+
+    async def test_dask_names_closing(self, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock) -> None:
+        caplog.set_level(logging.INFO)
+        async with Server({"hang": trio.sleep_forever}) as server, trio.open_nursery() as nursery:
+            address = await server.listen("inproc://")
+
+            async def call() -> None:
+                async with rpc(address) as remote:
+                    with pytest.raises(Exception, match="grace over"):
+                        await remote.hang()
+
+            nursery.start_soon(call)
+            await wait_all_tasks_blocked()
+            before = trio.current_time()
+            await server.close(timeout=3, reason="it is late")
+            assert trio.current_time() - before == 3
+            assert server.status.name == "closed"
+        assert "Server stops with a grace of 3 s: it is late" in caplog.messages
+
+    async def test_a_listener_that_can_not_be_closed_does_not_keep_the_others_open(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails() -> None:
+            raise OSError("as asked")
+
+        with pytest.raises(OSError, match="as asked"):
+            async with Server() as server:
+                addresses = [await server.listen("tcp://127.0.0.1:0") for _ in range(3)]
+                last = server._listeners[-1]
+                close = last.close
+                monkeypatch.setattr(last, "close", fails)
+        for address in addresses[:2]:
+            with pytest.raises(OSError, match="refused"):
+                await get_transport("tcp").connect(address.removeprefix("tcp://"), CommSettings())
+        assert server.status.name == "closed"
+        close()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a task watches")
+    async def test_connections_that_ended_are_not_watched(self) -> None:
+        async with Server() as server:
+            address = await server.listen("tcp://127.0.0.1:0")
+            watcher = server._hangups
+            assert watcher is not None
+            for _ in range(3):
+                async with await connect(address):
+                    while not watcher._callbacks:
+                        await trio.lowlevel.checkpoint()
+                    assert len(watcher._callbacks) == 1
+                while server.statistics().connections:
+                    await trio.lowlevel.checkpoint()
+                assert watcher._callbacks == {}
+
+    async def test_who_gives_way_has_left_at_once(self) -> None:
+        """Else two that come in the same moment would both find room."""
+        async with Server(limits=Limits(connections=1)) as server:
+            async with await connect(await server.listen("inproc://")) as comm:
+                await wait_all_tasks_blocked()
+                assert len(server._room.connections) == 1
+                now = trio.current_time() + 60
+                assert server._room.make(now) == now
+                assert len(server._room.connections) == 0
+                with pytest.raises(CommClosedError):
+                    await comm.read()
+
+
+class Stuck(trio.abc.Stream):
+    """Takes nothing, and does not want to be closed."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.stuck = trio.Event()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def send_all(self, data: Any) -> None:
+        self.stuck.set()
+        await trio.lowlevel.checkpoint()
+        if self.error is not None:
+            raise self.error
+        await trio.sleep_forever()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        await trio.sleep_forever()
+
+
+def over(stream: trio.abc.Stream, **limits: Any) -> FramedComm:
+    return FramedComm(
+        StreamPump(stream),
+        local_address="x://1",
+        peer=Peer("x://2", trusted=True),
+        settings=CommSettings(limits=Limits(**limits)),
+    )
+
+
+class TestComm:
+    async def test_closing_lingers_once(self, autojump_clock: MockClock) -> None:
+        """What waits to be sent, and the polite end of the stream, have the time together, not each."""
+        stream = Stuck()
+        comm = over(stream, linger=2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(comm.write, b"x")
+            await stream.stuck.wait()
+            before = trio.current_time()
+            await comm.aclose()
+            assert trio.current_time() - before == 2
+            nursery.cancel_scope.cancel()
+
+    async def test_it_is_closed_while_it_closes(self, autojump_clock: MockClock) -> None:
+        comm = over(Stuck(), linger=2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(comm.aclose)
+            await wait_all_tasks_blocked()
+            assert comm.closed()
+            with pytest.raises(CommClosedError):
+                await comm.write(b"x")
+
+    async def test_what_is_owed_and_can_not_be_sent_ends_it(self) -> None:
+        """Nobody waits for it, so nobody else is told."""
+        stream = Stuck()
+        stream.error = RuntimeError("as asked")
+        comm = over(stream)
+        assert comm.write_soon(("x", 1))
+        await stream.stuck.wait()
+        await wait_all_tasks_blocked()
+        assert comm.closed()
+        with pytest.raises(CommClosedError, match="as asked"):
+            await comm.write(b"x")
+
+    async def test_what_was_not_read_or_written_is_not_counted(self) -> None:
+        ours, theirs = memory_stream_pair()
+        reader = over(theirs)
+        await ours.aclose()
+        with pytest.raises(CommClosedError):
+            await reader.read()
+        assert reader.messages_read == 0
+        stream = Stuck()
+        writer = over(stream)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.write, b"x")
+            await stream.stuck.wait()
+            nursery.cancel_scope.cancel()
+        assert (writer.messages_written, writer.bytes_written) == (0, 0)
