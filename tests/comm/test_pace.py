@@ -118,8 +118,8 @@ class TestReading:
         await trio.sleep(10_000)
         assert r.error is not None
         assert r.error.limit == "progress_rate"
-        # With its first thousand at once it is in time for 30 seconds.  From there 30 + n * 1000 / 1024 < n + 1 from n = 1238 on, before the
-        # next thousand comes.
+        # With its first thousand at once it is in time for 30 seconds.  From there 30 + n * 1000 / 1024 < n + 1 from n = 1238 on,
+        # before the next thousand comes.
         assert r.at == pytest.approx(start + 30 + 30 + 1238 * 1000 / 1024)
 
     @pytest.mark.parametrize("every", [20.0, None])

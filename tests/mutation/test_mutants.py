@@ -45,13 +45,13 @@ def test_each_rule(operator: str) -> None:
 
 
 def test_what_nobody_can_see_is_no_mutant() -> None:
-    source = b"async def f(self):\n    x = 1\n    await y()\n    z = await x()\n    await z()\n"
-    assert mutants_in(source, "m.py") == []
+    for body in ("x = 1\n    await y()", "x = await y()\n    await x()"):
+        assert mutants_in(f"async def f(self):\n    {body}\n".encode(), "m.py") == []
 
 
 def test_each_is_a_change_that_python_can_read() -> None:
     assert len({mutant.id for mutant in MUTANTS}) == len(MUTANTS) > 400
-    for mutant in MUTANTS:
+    for mutant in sample(MUTANTS, 60, seed=1):
         original = (PACKAGE / mutant.module).read_bytes()
         assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(original)), mutant.id
 

@@ -426,7 +426,7 @@ class TestConnections:
                     await self.strangers(scene, 1)
                 assert await scene.calls_at() == when
                 assert await peer.expect_end()
-            assert not middle.stream.closed
+            assert not middle.stream.closed  # type: ignore[attr-defined]
 
     @pytest.mark.parametrize("timeout", [30.0, None])
     async def test_strangers_in_the_middle_of_a_request(

@@ -722,7 +722,8 @@ class TestLeftBehind:
             await wait_all_tasks_blocked(0.01)
             left.set()
 
-        async with trio.open_nursery() as behind, serving({"leave": leave, "echo": echo}, where) as (server, remote):
+        options = {"limits": Limits(linger=0)}
+        async with trio.open_nursery() as behind, serving({"leave": leave, "echo": echo}, where, **options) as (server, remote):
             for _ in range(3):
                 left = trio.Event()
                 async with remote.leave.stream() as stream:
@@ -784,3 +785,64 @@ class TestLeftBehind:
                     assert {kind for kind, *_ in [await comm.read(), await comm.read()]} == {PONG, END}
                     await comm.write({"op": "echo", "x": i, "reply": True, KEY: {"id": i + 1}})
                     assert tuple(await comm.read()) == (REPLY, i + 1, i)
+
+
+class TestGathering:
+    """Items that a quick generator makes while its consumer is busy leave together, and none is held back while it waits."""
+
+    async def test_they_leave_before_it_waits(self, where: str, serving: Any) -> None:
+        async def burst() -> AsyncIterator[int]:
+            for i in range(12):
+                yield i
+            await go.wait()
+            yield 12
+
+        async with serving({"burst": burst}, where) as (_server, remote):
+            for _ in range(3):
+                go = trio.Event()
+                async with remote.burst.stream() as stream:
+                    await wait_all_tasks_blocked(0.01)
+                    assert [await stream.receive() for _ in range(12)] == list(range(12))
+                    go.set()
+                    assert [item async for item in stream] == [12]
+
+    @pytest.mark.parametrize("how", ["stop", "own scope", "close"])
+    async def test_what_was_yielded_comes_before_the_end(self, how: str, where: str, serving: Any) -> None:
+        async def burst() -> AsyncIterator[int]:
+            with trio.CancelScope() as scope:
+                for i in range(12):
+                    yield i
+                if how == "stop":
+                    server.stop(0)
+                else:
+                    scope.cancel()
+                yield 12
+            if how == "close":
+                raise ValueError("behind its scope")
+
+        async with serving({"burst": burst}, where) as (server, remote), remote.burst.stream() as stream:
+            assert [await stream.receive() for _ in range(12)] == list(range(12))
+            with pytest.raises({"stop": HandlerCancelled, "own scope": trio.EndOfChannel, "close": ValueError}[how]):
+                await stream.receive()
+
+    async def test_a_handler_that_writes_as_well(self, where: str, serving: Any) -> None:
+        """In the order in which it did."""
+
+        async def both(comm: Any) -> AsyncIterator[int]:
+            for i in range(0, 40, 2):
+                yield i
+                await comm.write(i + 1)
+
+        async with serving({"both": both}, where) as (_server, remote), remote.both.stream() as stream:
+            assert [item async for item in stream] == list(range(40))
+
+    async def test_not_of_plain_requests(self, where: str) -> None:
+        """Their items are bare messages."""
+
+        async def burst() -> AsyncIterator[int]:
+            for i in range(40):
+                yield i
+
+        async with Server({"burst": burst}) as server, await connect(await server.listen(where)) as comm:
+            await comm.write({"op": "burst"})
+            assert [await comm.read() for _ in range(41)] == [*range(40), None]

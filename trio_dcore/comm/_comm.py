@@ -215,7 +215,7 @@ class FramedComm(BaseComm):
                 watch = self._watch
                 if watch is None or not watch.reading:
                     raise trio.BusyResourceError("another task is reading this comm")
-                if self._ahead is not None and self._ahead.ready:
+                if watch.goes_on and self._ahead is not None and self._ahead.ready:
                     self.messages_read += 1
                     return await self._ahead.next_head(self._pump)  # the watch reads on
                 await watch.pause()
@@ -543,6 +543,7 @@ class FramedComm(BaseComm):
         """Close at once because the comm can't be used any more."""
         self._closed = self._closed or why
         self._owed.clear()
+        self._parser.discard()  # now, and not when the cycle that it is in is collected
         self._pump.abort(reset=reset)
 
     def give_up(self, error: Exception) -> None:

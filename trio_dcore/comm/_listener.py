@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import ssl
 from abc import abstractmethod
 
 import trio
@@ -79,7 +80,7 @@ class SocketListener(Listener):
             try:
                 return self._make_comm(sock)
             except OSError as error:
-                if error.errno not in _DEAD_SINCE:
+                if error.errno not in _DEAD_SINCE or isinstance(error, ssl.SSLError):  # whose numbers are others
                     raise BrokenConnection(*error.args) from error
 
     def close(self) -> None:

@@ -44,6 +44,8 @@ __all__ = ["Substream"]
 
 # Items that came in one message with others let other tasks run after so many, as messages do (architecture document, section 3.2).
 _YIELD_ITEMS = 16
+# Seconds that a task gets to let go of the comm: it only has to have its turn.
+_LET_GO = 10.0
 
 
 class _Unreadable:
@@ -171,7 +173,7 @@ class Substream:
     async def wait_free(self) -> None:
         """Wait until nobody reads the comm any more: a step or two of the tasks that were told."""
         # Their reads can be interrupted at any time, so this ends by itself; the deadline is for a foreign stream that does not.
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + self._comm.settings.limits.linger):
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _LET_GO):
             while self._strays:
                 await self._freed.park()
         if self._strays:

@@ -49,6 +49,11 @@ class EndWatch:
         """Whether its task is reading the comm now."""
         return not self._paused.is_set()
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether nobody has stopped it, and nothing has been reported."""
+        return self._on_end is not None
+
     def resume(self) -> None:
         """Go on watching, unless the end has been reported or there is no more room to read ahead."""
         self._wanted = False

@@ -250,6 +250,15 @@ class FrameParser:
         self.feed(data)
         return self.next_message()
 
+    def discard(self) -> None:
+        """Let go of what has come: nothing more of it will be asked for."""
+        self._buffer = b""
+        self._position = 0
+        self._gathered = bytearray()
+        self._missing = 0
+        self._frames = []
+        self._pending = None
+
     def want(self) -> memoryview | None:
         """The part of a large frame still to be filled, or None where :meth:`feed` is the way in."""
         pending = self._pending
