@@ -80,7 +80,7 @@ async def test_e03_server_killed_in_the_middle_of_a_call(wire: Wire) -> None:
     assert await quickest(once, 0.1) < 0.1
 
 
-@reference("E04", "m t")
+@reference("E04", "m t u l")
 async def test_e04_a_black_hole_is_noticed_by_both_sides(wire: Wire) -> None:
     journal = Journal()
     async with wire.server({"work": journal.handler(600, wire)}, limits=SOON) as (_, address), wire.relay(address) as relay:
@@ -100,7 +100,7 @@ async def test_e04_a_black_hole_is_noticed_by_both_sides(wire: Wire) -> None:
     assert journal.entries == ["started", "cancelled", "finally"]
 
 
-@reference("E04", "m t")
+@reference("E04", "m t u l")
 async def test_e04_who_only_takes_long_is_not_taken_for_dead(wire: Wire) -> None:
     journal = Journal()
     async with wire.server({"work": journal.handler(2, wire)}, limits=SOON) as (_, address):
