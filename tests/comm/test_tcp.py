@@ -534,7 +534,7 @@ class TestAccepting:
                 return getattr(real, name)
 
             def accept(self) -> None:
-                raise OSError(errno.EINVAL, "Invalid argument")
+                raise OSError(errno.EPROTO, "Protocol error")
 
         real = listener._socket
         monkeypatch.setattr(listener, "_socket", Dead())

@@ -10,8 +10,9 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_dcore import Comm, CommClosedError, Limits, Server, connect, rpc
+from trio_dcore import BatchedSend, Comm, CommClosedError, Limits, Server, connect, rpc
 from trio_dcore.abc import CommSettings, Peer
+from trio_dcore.client._pool_policy import PoolPolicy
 from trio_dcore.comm import FramedComm, get_transport
 from trio_dcore.comm._pumps import StreamPump
 from trio_dcore.testing import memory_network, memory_stream_pair
@@ -136,6 +137,7 @@ class Stuck(trio.abc.Stream):
 
     def __init__(self) -> None:
         self.stuck = trio.Event()
+        self.broken = ""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         await trio.sleep_forever()
@@ -143,6 +145,8 @@ class Stuck(trio.abc.Stream):
 
     async def send_all(self, data: Any) -> None:
         self.stuck.set()
+        if self.broken:
+            raise trio.BrokenResourceError(self.broken)
         await trio.sleep_forever()
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -159,6 +163,32 @@ def over(stream: trio.abc.Stream, **limits: Any) -> FramedComm:
         peer=Peer("x://2", "memory"),
         settings=CommSettings(limits=Limits(**limits)),
     )
+
+
+class TestPool:
+    def test_an_address_without_comms_is_forgotten(self) -> None:
+        """Also if its last one had died when a call got it: else there is an entry for each address of ever."""
+        policy = PoolPolicy(1)
+        comm = over(Stuck())
+        slot, _ = policy.reserve("x://1", "op")
+        assert slot is not None
+        policy.connected(slot, comm)
+        assert policy.release(comm, 0.0) is None
+        assert policy.reuse("x://1", "op") is comm
+        assert policy.replace(comm) is not None
+        assert policy.idle == {}
+
+
+class TestBatchedSend:
+    async def test_why_nothing_can_be_sent_is_told(self) -> None:
+        """It is what the comm has said, and not that sending was cancelled."""
+        stream = Stuck()
+        stream.broken = "the cable is cut"
+        comm = over(stream)
+        with pytest.raises(CommClosedError, match="the cable is cut"):
+            async with BatchedSend(comm) as batched:
+                batched.send("x")
+                await wait_all_tasks_blocked()
 
 
 class TestComm:

@@ -64,6 +64,9 @@ _LATE = 2.0
 _ENDS = 30.0
 # Memory is watched from here on (part of the whole): before, pools and caches fill.
 _WARM = 0.2
+# MiB by which it may grow then, in a run of some minutes: a process does not give back all that it has freed.
+_GROWTH = 16.0
+_LONG = 120.0
 
 
 class Violation(AssertionError):
@@ -430,6 +433,8 @@ class Soak:
                     statistics.median(part) / 2**20 for part in (sizes[: len(sizes) // 10 + 1], sizes[-len(sizes) // 10 :])
                 )
                 summary.memory[name] = first, last, slope * 3600 / 2**20
+                if summary.seconds >= _LONG and last - first > _GROWTH:
+                    summary.problems.append(f"the memory of {name} has grown from {first:.1f} to {last:.1f} MiB")
 
     def _compare_with_journal(self) -> None:
         """Each request was started as often as its outcome says."""
