@@ -71,7 +71,7 @@ def test_an_untyped_error_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("compression")
 
     data = conversations()["ours-call"]
-    monkeypatch.setattr("trio_dcore.comm._comm.negotiate", fail)
+    monkeypatch.setattr("trio_dcore.comm._comm.conclude", fail)
     with pytest.raises(BaseExceptionGroup) as caught:
         peers.attack_client(data, [], 0, 0, trusted=False)
     assert caught.group_contains(KeyError)

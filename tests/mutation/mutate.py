@@ -62,6 +62,8 @@ LEFT_OUT = (
 QUICK = 25.0
 ALL = 150.0
 PATIENCE = 3.0
+# Seconds in which a test without a mutant ends.
+LONGEST = 90.0
 # Mutants may loop and append; a process of the tests has 1 GiB or so.
 MEMORY = 12 * 2**30
 
@@ -210,7 +212,16 @@ class Baseline:
             }
             running.append((copy, copy.pytest(files[number :: len(copies)], **environment)))
         for copy, process in running:
-            process.wait()
+            progress, since, size = copy.folder / "baseline.jsonl", time.monotonic(), -1
+            while process.poll() is None:
+                time.sleep(0.5)
+                found = progress.stat().st_size if progress.exists() else 0
+                if found != size:
+                    size, since = found, time.monotonic()
+                elif time.monotonic() - since > LONGEST:
+                    for _, each in running:
+                        _end(each)
+                    raise SystemExit(f"without a mutant a test hangs: {_lines(progress)[-1]}")
             self._add(copy)
         # What is compiled from here on is not written down, so that no mutant finds the bytecode of another one.
         return self

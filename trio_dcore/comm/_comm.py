@@ -146,14 +146,14 @@ class FramedComm(BaseComm):
             raise CommClosedError(f"{self.peer_address} closed the comm during the handshake")
         if not self.asking:
             _ = self._peer.trusted
-        if self.serving:
-            await self._transmit(frames, "write_stall")
         try:
             # Phase one only: a payload in a handshake is never touched, whoever sent it.
             negotiated = conclude(self.settings, found[0])  # type: ignore[arg-type]  # its frame as it came
         except RemoteProtocolError:
             self._doom("bad handshake")
             raise
+        if self.serving:
+            await self._transmit(frames, "write_stall")
         extension = negotiated.extension
         features: frozenset[str] = frozenset() if extension is None else extension.features
         self.extension = extension if "calls" in features else None

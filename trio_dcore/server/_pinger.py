@@ -9,6 +9,7 @@ costs nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import trio
@@ -41,7 +42,7 @@ class Pinger:
         asleep: there is nothing to look after, as far as it knows.
     """
 
-    def __init__(self, connections: set[Connection], limits: Limits) -> None:
+    def __init__(self, connections: Collection[Connection], limits: Limits) -> None:
         self._connections = connections
         self._interval = limits.ping_interval
         self._timeout = limits.ping_timeout

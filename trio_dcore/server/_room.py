@@ -60,7 +60,8 @@ class Room:
     """
 
     def __init__(self, name: str, limits: Limits, counters: Counters) -> None:
-        self.connections: set[Connection] = set()
+        # The oldest first, so that of two that have been idle for as long it is clear who gives way.
+        self.connections: dict[Connection, None] = {}
         self.changed = ParkingLot()
         self._name = name
         self._limits = limits
@@ -72,7 +73,7 @@ class Room:
 
     def enter(self, connection: Connection, now: float) -> None:
         """A connection begins, with its handshake."""
-        self.connections.add(connection)
+        self.connections[connection] = None
         self._handshaking[connection] = now
 
     def shaken(self, connection: Connection) -> None:
@@ -83,7 +84,7 @@ class Room:
     def leave(self, connection: Connection) -> None:
         """It has ended, or has been closed here.  May be called again."""
         if connection in self.connections:
-            self.connections.remove(connection)
+            del self.connections[connection]
             self._handshaking.pop(connection, None)
             self._counters.closed(connection.comm)
             self.changed.unpark_all()
