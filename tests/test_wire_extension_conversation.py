@@ -163,7 +163,7 @@ async def record() -> Conversation:
 def render(conversation: Conversation) -> str:
     """The conversation as it stands in section 14."""
     return "\n".join(
-        f"`{direction}` {title}: {len(message)} bytes\n\n```hex\n{annotated(message)}\n```\n"
+        f"`{direction}` {title}: {len(message)} bytes\n\n```text\n{annotated(message)}\n```\n"
         for title, (direction, message) in zip(TITLES, conversation, strict=True)
     )
 
@@ -229,7 +229,7 @@ def written() -> str:
 def conversation() -> Conversation:
     """The conversation's bytes as a reader of the page would type them in."""
     found: Conversation = []
-    for direction, block in re.findall(r"^`([<>])` [^\n]*\n\n```hex\n(.*?)^```$", written(), re.MULTILINE | re.DOTALL):
+    for direction, block in re.findall(r"^`([<>])` [^\n]*\n\n```text\n(.*?)^```$", written(), re.MULTILINE | re.DOTALL):
         digits = re.findall(r"^((?:[0-9a-f]{2} )*[0-9a-f]{2})(?:  |$)", block, re.MULTILINE)
         found.append((direction, bytes.fromhex(" ".join(digits))))
     return found

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from trio_dcore.cli import main
+from trio_dcore import __version__
+from trio_dcore.cli import _parser, main
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -185,3 +187,44 @@ def test_an_interrupt_ends_it_quietly(monkeypatch: pytest.MonkeyPatch, capsys: p
 
     monkeypatch.setattr("trio.run", interrupted)
     assert run(capsys, "call", "tcp://127.0.0.1:1", "add") == (130, "", "")
+
+
+def test_tables(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "call", address, "describe", "--format", "table")
+    assert code == 0
+    assert "ratio  0.5" in out.splitlines()
+    code, out, _ = run(capsys, "stream", address, "forever", "--count", "3", "--format", "table")
+    assert (code, out) == (0, "n\n0\n1\n2\n")
+
+
+def test_ping_as_json(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "ping", address, "--count", "3", "--format", "json")
+    answer = json.loads(out)
+    assert (code, answer["address"], answer["identity"]["type"]) == (0, address, "Server")
+    assert len(answer["echo_seconds"]) == 3
+    assert all(seconds > 0 for seconds in (answer["connect_seconds"], *answer["echo_seconds"]))
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"trio-dcore {__version__}\n"
+
+
+def test_every_command_has_examples_that_are_right(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each example is a line that the parser takes."""
+    parser = _parser()
+    shown = 0
+    for command in ([], ["serve"], ["call"], ["stream"], ["ping"], ["demo"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        out = capsys.readouterr().out
+        examples = [line.strip() for line in out.partition("\nexamples:\n")[2].splitlines() if line.startswith("  trio-dcore ")]
+        assert examples
+        for example in examples:
+            words = shlex.split(example)[1:]
+            assert not command or words[0] == command[0]
+            parser.parse_args(words)
+            shown += 1
+    assert shown >= 10

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_dcore.cli._errors import CliError
-from trio_dcore.cli._output import parse_arguments, print_line, to_json
+from trio_dcore.cli._output import RowPrinter, parse_arguments, print_line, print_value, to_json
 
 
 def test_arguments_are_json_or_else_text() -> None:
@@ -117,3 +117,46 @@ def test_what_json_knows_is_printed_as_it_is(value: Any) -> None:
 def test_text_that_the_terminal_can_not_show(capsys: pytest.CaptureFixture[str]) -> None:
     print_line("lone \ud800 surrogate")
     assert capsys.readouterr().out == "lone \\ud800 surrogate\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "lines"),
+    [
+        ("text\nof two lines", ["text of two lines"]),
+        (1, ["1"]),
+        (None, ["null"]),
+        ({}, ["{}"]),
+        ({"name": "joe", "n": 12, "tags": ["a"]}, ["name  joe", "n     12", 'tags  ["a"]']),
+        ({1: 2}, ['{"$dict": [[1, 2]]}']),
+        ([1, "b", [2]], ["1", "b", "[2]"]),
+        ([], []),
+        ([{"a": 1, "b": "x"}, {"a": 1000}, {"c": None}], ["a     b  c", "1     x", "1000", "         null"]),
+        ([{"a": 1}, 2], ['{"a": 1}', "2"]),
+        ({"\x1b[31m": "\x1b[0m"}, ["?[31m  ?[0m"]),
+    ],
+)
+def test_tables(value: Any, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    print_value(value, "table")
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_values_as_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    print_value([{"a": 1}], "json")
+    RowPrinter("json").print("x")
+    assert capsys.readouterr().out == '[{"a": 1}]\n"x"\n'
+
+
+def test_rows_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = RowPrinter("table")
+    for value in ({"n": 1, "name": "joe"}, {"n": 1000, "name": "al"}, "between", {"n": 2, "name": "x"}, {"other": 3}):
+        rows.print(value)
+    assert capsys.readouterr().out.splitlines() == [
+        "n  name",
+        "1  joe",
+        "1000  al",
+        "between",
+        "n  name",
+        "2  x",
+        "other",
+        "3",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ import trio
 
 from .. import CommClosedError, coerce_to_address, rpc
 from ._errors import FAILED, USAGE, CliError, explained
-from ._output import OutputClosed, parse_arguments, print_line, to_json
+from ._output import OutputClosed, RowPrinter, parse_arguments, print_line, print_value, to_json
+from ._progress import shown_progress, size
 from ._security import security_of
 
 __all__ = ["run_call", "run_ping", "run_stream"]
@@ -46,16 +48,23 @@ def run_call(args: argparse.Namespace) -> int:
 
     async def call() -> Any:
         with trio.fail_after(args.timeout):
-            async with connected() as remote:
+            async with connected() as remote, shown_progress(lambda waited: _traffic(remote, waited), wanted=True):
                 return await remote[args.op](**arguments)
 
     with explained(show_traceback=args.traceback):
         result = trio.run(call)
     try:
-        print_line(to_json(result))
+        print_value(result, args.format)
     except OutputClosed:
         return FAILED  # the result was asked for and has not been seen
     return 0
+
+
+def _traffic(remote: rpc, waited: float) -> str:
+    pool = remote.pool
+    if not pool.bytes_read:
+        return f"{waited:.0f} s: connecting to {remote.address}"
+    return f"{waited:.0f} s: sent {size(pool.bytes_written)}, received {size(pool.bytes_read)}"
 
 
 def run_stream(args: argparse.Namespace) -> int:
@@ -64,13 +73,24 @@ def run_stream(args: argparse.Namespace) -> int:
     connected = _remote(args)
     count = math.inf if args.count is None else args.count
 
+    printed = 0
+    rows = RowPrinter(args.format)
+
+    def traffic(waited: float) -> str:
+        return f"{waited:.0f} s: {printed} item{'s' * (printed != 1)}"
+
     async def stream() -> None:
-        printed = 0
+        nonlocal printed
         with trio.fail_after(args.timeout):
-            async with connected() as remote, remote[args.op].stream(**arguments) as items:
+            # On a terminal the items themselves show how it goes on.
+            async with (
+                connected() as remote,
+                shown_progress(traffic, wanted=not sys.stdout.isatty()),
+                remote[args.op].stream(**arguments) as items,
+            ):
                 async for item in items:
                     try:
-                        print_line(to_json(item))
+                        rows.print(item)
                     except OutputClosed:
                         return  # `| head` has seen enough; leaving the block stops the handler
                     printed += 1
@@ -101,6 +121,10 @@ def run_ping(args: argparse.Namespace) -> int:
                     took.append(trio.current_time() - began)
                     if answer != n:
                         raise CommClosedError(f"{address} answers an echo of {n!r} with {answer!r}; is it a Dask server?")
+        if args.format == "json":
+            times = {"identity": identity, "connect_seconds": first, "echo_seconds": took}
+            print_line(to_json({"address": address, **times}))
+            return
         print_line(f"{address} is {to_json(identity)}")
         print_line(f"connecting and asking took {first * 1e3:.2f} ms")
         print_line(f"{len(took)} echoes: fastest {min(took) * 1e3:.2f} ms, slowest {max(took) * 1e3:.2f} ms")

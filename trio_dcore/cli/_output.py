@@ -14,6 +14,9 @@
 ====================================  ==========================================
 
 Tuples are printed as lists, and numpy's scalars as the numbers they are.
+
+**Tables** (``--format table``) are for eyes.  A dict is a line for each key; a list of dicts is a line for each dict below a line of
+the keys; any other list is a line for each member.  Text is shown as it is, and everything else as JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ._errors import USAGE, CliError
+from ._errors import USAGE, CliError, one_line
 
-__all__ = ["OutputClosed", "parse_arguments", "print_line", "to_json"]
+__all__ = ["OutputClosed", "RowPrinter", "parse_arguments", "print_line", "print_value", "to_json"]
 
 
 class OutputClosed(Exception):
@@ -61,6 +64,81 @@ def to_json(value: Any) -> str:
         return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
     except RecursionError:  # too deep, or it contains itself
         return json.dumps({"$repr": repr(value)}, ensure_ascii=False)
+
+
+def print_value(value: Any, form: str) -> None:
+    """Print a value that is complete.
+
+    Args:
+        value: what a handler returned.
+        form: ``"json"`` or ``"table"``.
+
+    Raises:
+        OutputClosed: nobody reads it any more.
+    """
+    if form == "json":
+        print_line(to_json(value))
+    elif _is_record(value):
+        _print_columns([[key, _cell(item)] for key, item in value.items()])
+    elif isinstance(value, (list, tuple)) and value and all(map(_is_record, value)):
+        keys = list(dict.fromkeys(key for record in value for key in record))
+        _print_columns([keys, *([_cell(record[key]) if key in record else "" for key in keys] for record in value)])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            print_line(_cell(item))
+    else:
+        print_line(_cell(value))
+
+
+class RowPrinter:
+    """Print values one after the other, as they come.
+
+    Args:
+        form: ``"json"`` or ``"table"``.  In a table the columns are as wide as the first row needs; dicts with other keys than those
+            before them begin a new table.
+    """
+
+    def __init__(self, form: str) -> None:
+        self._form = form
+        self._keys: list[str] | None = None
+        self._widths: list[int] = []
+
+    def print(self, value: Any) -> None:
+        """Print one value.
+
+        Raises:
+            OutputClosed: nobody reads it any more.
+        """
+        if self._form == "json":
+            print_line(to_json(value))
+        elif not _is_record(value):
+            self._keys = None
+            print_line(_cell(value))
+        else:
+            cells = [_cell(item) for item in value.values()]
+            if self._keys != list(value):
+                self._keys = list(value)
+                self._widths = [max(len(key), len(cell)) for key, cell in zip(self._keys, cells, strict=True)]
+                print_line(_row(self._keys, self._widths))
+            print_line(_row(cells, self._widths))
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(type(key) is str for key in value)
+
+
+def _cell(value: Any) -> str:
+    return one_line(value) if isinstance(value, str) else to_json(value)
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(one_line(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print_line(_row(row, widths))
 
 
 def print_line(text: str) -> None:
