@@ -29,6 +29,12 @@ PROGRAMS = {
     "stateful_server": ["watched: None", "watched: blue", "got: red", "KeyError: taste"],
     "numpy_echo": ["[[0.0, 10.0, 20.0], [30.0, 40.0, 50.0]] float32", "3000000 bytes, equal: True"],
     "batched": ["not sent: value", "fewer lists than messages: True", "10000 measurements, mean 2499.75"],
+    "job_queue": [
+        "anne lost job 3",
+        "squares: [0, 1, 4, 9, 16, 25]",
+        "failed: ValueError: math domain error",
+        "the queue and its workers have ended",
+    ],
     "embedding": ["plausible: True", "server: closed"],
 }
 
@@ -74,6 +80,10 @@ async def test_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     # What two tasks print has no order between them.
     assert [line for line in PROGRAMS[name] if line not in lines] == []
     assert set(lines) - set(PROGRAMS[name]) <= {"watched: red"}
+
+
+def test_the_job_queue_is_small() -> None:
+    assert len((EXAMPLES / "job_queue.py").read_text(encoding="utf-8").splitlines()) < 150
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows can't send SIGINT to one process")
