@@ -30,7 +30,12 @@ class JobQueue(Server):
     """Keeps jobs until a worker has done them.  Everything runs in one thread, so no locks are needed."""
 
     def __init__(self, **kwargs: Any) -> None:
-        handlers = {"submit": self.submit, "result": self.result, "work": self.work, "events": self.events}
+        handlers: dict[str, Callable[..., Any]] = {
+            "submit": self.submit,
+            "result": self.result,
+            "work": self.work,
+            "events": self.events,
+        }
         super().__init__(handlers, **kwargs)
         self.numbers = itertools.count(1)
         self.jobs: dict[int, Job] = {}
