@@ -153,7 +153,7 @@ async def test_stock_of_another_ca(stock: Any, caplog: pytest.LogCaptureFixture,
             await remote.add(x=1, y=2)
 
     async with our_server({"add": add}) as address:
-        with pytest.raises(OSError, match="before comm was established"):
+        with pytest.raises(OSError):  # noqa: PT011  # which one depends on the release
             await stock.run(talk)
         while hint not in caplog.text:  # noqa: ASYNC110
             await trio.sleep(0.01)
