@@ -1,0 +1,264 @@
+"""trio_dcore.aio._generators: async generators of asyncio's flavour, stepped from trio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from trio_dcore.aio import handler, open_loop
+from trio_dcore.testing import no_leaks
+
+variable: ContextVar[str] = ContextVar("variable", default="unset")
+
+Generators = Callable[..., AsyncGenerator[Any, None]]
+
+
+class Journal(list[str]):
+    """What generators did, in order."""
+
+    async def count(self, most: int = 1000, *, cleanup: float = 0.0) -> AsyncGenerator[int, None]:
+        task = asyncio.current_task()
+        try:
+            for n in range(most):
+                await asyncio.sleep(0.1)
+                assert asyncio.current_task() is task
+                yield n
+        except BaseException as error:
+            self.append(type(error).__name__)
+            raise
+        finally:
+            assert asyncio.current_task() is task
+            await asyncio.sleep(cleanup)
+            self.append("finally")
+
+    async def stubborn(self, times: int) -> AsyncGenerator[int, None]:
+        for n in range(times):
+            try:
+                yield n
+                await asyncio.sleep(1e6)
+            except asyncio.CancelledError:
+                self.append("swallowed")
+        self.append("ended")
+
+
+async def test_items_and_the_end(autojump_clock: trio.testing.MockClock) -> None:
+    journal = Journal()
+    async with no_leaks(), open_loop():
+        assert [item async for item in handler(journal.count)(3)] == [0, 1, 2]
+    assert journal == ["finally"]
+
+
+async def test_an_error(autojump_clock: trio.testing.MockClock) -> None:
+    async def fail() -> AsyncGenerator[int, None]:
+        yield 1
+        raise ValueError("nope")
+
+    async with no_leaks(), open_loop():
+        items = handler(fail)()
+        assert await anext(items) == 1
+        with pytest.raises(ValueError, match="nope"):
+            await anext(items)
+        with pytest.raises(StopAsyncIteration):
+            await anext(items)
+
+
+async def test_one_task_and_one_context(autojump_clock: trio.testing.MockClock) -> None:
+    async def look() -> AsyncGenerator[Any, None]:
+        variable.set(variable.get() + " inside")
+        async with asyncio.timeout(60):
+            yield variable.get(), asyncio.current_task()
+            await asyncio.sleep(1)
+            yield variable.get(), asyncio.current_task()
+
+    variable.set("outside")
+    async with no_leaks(), open_loop():
+        found = [item async for item in handler(look)()]
+    assert found[0] == found[1]
+    assert found[0][0] == "outside inside"
+    assert variable.get() == "outside"
+
+
+async def test_its_own_timeout_is_seen_at_the_yield(autojump_clock: trio.testing.MockClock) -> None:
+    async def limited() -> AsyncGenerator[str, None]:
+        try:
+            async with asyncio.timeout(1):
+                yield "before"
+                raise AssertionError("not reached")
+        except TimeoutError:
+            yield "timeout"
+        yield "after"
+
+    async with no_leaks(), open_loop():
+        found = []
+        async for item in handler(limited)():
+            found.append(item)
+            await trio.sleep(2)  # the consumer takes its time
+    assert found == ["before", "timeout", "after"]
+
+
+async def test_it_ends_while_its_item_is_consumed(autojump_clock: trio.testing.MockClock) -> None:
+    async def limited() -> AsyncGenerator[str, None]:
+        async with asyncio.timeout(1):
+            yield "before"
+
+    async with no_leaks(), open_loop():
+        items = handler(limited)()
+        assert await anext(items) == "before"
+        await trio.sleep(2)
+        with pytest.raises(TimeoutError):
+            await anext(items)
+        items = handler(limited)()
+        assert await anext(items) == "before"
+        await trio.sleep(2)
+        with pytest.raises(TimeoutError):
+            await items.athrow(OSError("too late"))
+
+
+async def test_errors_are_thrown_in(autojump_clock: trio.testing.MockClock) -> None:
+    async def recover() -> AsyncGenerator[Any, None]:
+        try:
+            yield 1
+        except OSError as error:
+            yield error
+        yield "on"
+
+    error = OSError("thrown in")
+    async with no_leaks(), open_loop():
+        items = handler(recover)()
+        assert await anext(items) == 1
+        assert await items.athrow(error) is error
+        assert await anext(items) == "on"
+        with pytest.raises(KeyError) as caught:
+            await items.athrow(KeyError(1))
+        assert type(caught.value) is KeyError
+        with pytest.raises(StopAsyncIteration):
+            await anext(items)
+
+
+async def test_cancelled_while_it_works(autojump_clock: trio.testing.MockClock) -> None:
+    journal = Journal()
+    async with no_leaks(), open_loop():
+        start = trio.current_time()
+        with trio.move_on_after(0.25) as scope:
+            async for _ in handler(journal.count)(cleanup=0.5):
+                pass
+        assert scope.cancelled_caught
+        assert trio.current_time() - start == pytest.approx(0.75)
+    assert journal == ["CancelledError", "finally"]
+
+
+async def test_cancelled_while_its_item_is_consumed(autojump_clock: trio.testing.MockClock) -> None:
+    """By a server that throws into it what ends its writing."""
+    journal = Journal()
+    async with no_leaks(), open_loop():
+        with trio.move_on_after(1) as scope:
+            items = handler(journal.count)(cleanup=0.5)
+            assert await anext(items) == 0
+            try:
+                await trio.sleep(10)
+            except trio.Cancelled as cancelled:
+                await items.athrow(cancelled)
+                raise AssertionError("not reached") from None
+        assert scope.cancelled_caught
+    assert journal == ["CancelledError", "finally"]
+
+
+async def test_one_that_swallows_its_cancellation(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal()
+    async with no_leaks(), open_loop(redeliver=1):
+        with trio.move_on_after(1) as scope:
+            items = handler(journal.stubborn)(3)
+            # Cancelled while it works it goes on to the next item, which is no loss; the consumer's next wait is cancelled.
+            assert [await anext(items), await anext(items)] == [0, 1]
+            await trio.lowlevel.checkpoint()
+        assert scope.cancelled_caught
+        await items.aclose()
+        with trio.move_on_after(1) as scope:
+            items = handler(journal.stubborn)(3)
+            assert await anext(items) == 0
+            try:
+                await trio.sleep(10)
+            except trio.Cancelled as cancelled:
+                assert await items.athrow(cancelled) == 1
+                assert await items.athrow(cancelled) == 2
+                with pytest.raises(StopAsyncIteration):
+                    await items.athrow(cancelled)
+                raise
+        assert scope.cancelled_caught
+    assert journal == ["swallowed"] * 4 + ["ended"]
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+async def test_closed(autojump_clock: trio.testing.MockClock) -> None:
+    journal = Journal()
+    async with no_leaks(), open_loop():
+        items = handler(journal.count)(cleanup=0.5)
+        await items.aclose()  # not begun
+        assert journal == []
+        items = handler(journal.count)(cleanup=0.5)
+        assert await anext(items) == 0
+        await items.aclose()
+        assert journal == ["GeneratorExit", "finally"]
+
+
+async def test_closed_in_a_cancelled_scope(autojump_clock: trio.testing.MockClock) -> None:
+    journal = Journal()
+    async with no_leaks(), open_loop(redeliver=1):
+        start = trio.current_time()
+        with trio.CancelScope() as scope:
+            items = handler(journal.count)(cleanup=0.5)
+            assert await anext(items) == 0
+            scope.cancel()
+            await items.aclose()
+        assert trio.current_time() - start == pytest.approx(0.6)
+    assert journal == ["GeneratorExit", "finally"]
+
+
+async def test_one_that_ignores_its_end(autojump_clock: trio.testing.MockClock) -> None:
+    async def deaf() -> AsyncGenerator[int, None]:
+        try:
+            yield 1
+        except GeneratorExit:
+            yield 2
+
+    async with no_leaks(), open_loop():
+        items = handler(deaf)()
+        assert await anext(items) == 1
+        with pytest.raises(RuntimeError, match="ignored GeneratorExit"):
+            await items.aclose()
+
+
+async def test_a_cancelled_error_that_nobody_asked_for(autojump_clock: trio.testing.MockClock) -> None:
+    async def cancelled() -> AsyncGenerator[int, None]:
+        yield 1
+        raise asyncio.CancelledError("its own")
+
+    async with no_leaks(), open_loop():
+        items = handler(cancelled)()
+        assert await anext(items) == 1
+        with pytest.raises(RuntimeError, match="nobody on the other side") as caught:
+            await anext(items)
+        assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+async def test_exits(error: BaseException, autojump_clock: trio.testing.MockClock) -> None:
+    async def leave() -> AsyncGenerator[int, None]:
+        yield 1
+        raise error
+
+    async with no_leaks(), open_loop():
+        items = handler(leave)()
+        assert await anext(items) == 1
+        with pytest.raises(type(error)) as caught:
+            await anext(items)
+        assert caught.value is error
