@@ -193,6 +193,30 @@ class TestOddAnswers:
             assert await remote.anything() == "first"
             assert await remote.anything() == "second"
 
+    async def test_many_of_them_do_not_keep_the_caller_from_being_cancelled(self, where: str, scripted: Any) -> None:
+        async def script(comm: Any, number: int) -> None:
+            id = (await comm.read())[KEY]["id"]
+            for _ in range(1000):
+                assert comm.write_soon((PONG, id, None))
+            comm.write_soon((REPLY, id, "too late"))
+            flooded.set()
+            await comm.read()
+
+        flooded = trio.Event()
+        found = []
+        async with scripted(where, script) as address, rpc(address) as remote:
+
+            async def call() -> None:
+                found.append(await remote.anything())
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(call)
+                await flooded.wait()
+                await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            assert found == []
+            assert remote.pool.open == 0
+
     @pytest.mark.parametrize(
         "answer",
         [

@@ -82,6 +82,39 @@ class TestConstruction:
         assert repr(pool) == "<ConnectionPool closed>"
 
 
+class TestAddresses:
+    async def test_host_and_port(self, serving: Any) -> None:
+        async with serving({"echo": echo}, "tcp://127.0.0.1:0") as (server, _remote), ConnectionPool() as pool:
+            for remote in (
+                pool(ip="127.0.0.1", port=server.port),
+                pool(ip="127.0.0.1", port=str(server.port)),
+                pool(("127.0.0.1", server.port)),
+                pool(["127.0.0.1", str(server.port)]),
+                pool(f"127.0.0.1:{server.port}"),
+            ):
+                assert repr(remote) == f"<PooledRPC {server.address}>"
+                assert await remote.echo(x=1) == 1
+            assert pool.open == 1
+            pool.remove(("127.0.0.1", str(server.port)))
+            assert pool.open == 0
+
+    def test_neither_or_both(self) -> None:
+        pool = ConnectionPool()
+        wrong: list[dict[str, Any]] = [{}, {"ip": "::1"}, {"port": 1}, {"address": "::1", "port": 1}, {"address": "x", "ip": "y"}]
+        for arguments in wrong:
+            with pytest.raises(TypeError, match="give an address, or ip= and port="):
+                pool(**arguments)
+        pool.close_now()
+
+    async def test_what_is_being_connected_is_told_apart(self) -> None:
+        async with ConnectionPool() as pool, trio.open_nursery() as nursery:
+            nursery.start_soon(pool("inproc://nobody").echo)
+            await wait_all_tasks_blocked()
+            assert (pool.open, pool.active, pool.connecting) == (1, 1, 1)
+            nursery.cancel_scope.cancel()
+        assert pool.connecting == 0
+
+
 class TestReuse:
     async def test_one_comm_for_calls_in_a_row(self, where: str, serving: Any) -> None:
         async with serving({"echo": echo}, where) as (server, _remote), ConnectionPool() as pool:

@@ -419,6 +419,28 @@ class TestLeaving:
             assert remote.pool.open == 0
             assert await remote.echo(x=1) == 1
 
+    async def test_while_another_task_still_sends(self, serving: Any) -> None:
+        """What it sends would stand in the way of the next request, and what ends it would end that."""
+
+        async def early(comm: Comm) -> None:
+            await comm.write("early")
+
+        async with serving({"early": early, "echo": echo}, "tcp://127.0.0.1:0") as (_server, remote):
+            ended = trio.Event()
+
+            async def send(stream: Any) -> None:
+                with pytest.raises(CommClosedError):
+                    await stream.send(bytes(30_000_000))
+                ended.set()
+
+            async with trio.open_nursery() as nursery:
+                async with remote.early.stream() as stream:
+                    nursery.start_soon(send, stream)
+                    assert await all_of(stream) == ["early"]
+                    assert not ended.is_set()
+                assert remote.pool.open == 0
+            assert await remote.echo(x=1) == 1
+
     async def test_what_was_left_over_does_not_disturb_the_next_request(self, where: str, serving: Any) -> None:
         async def one(comm: Comm) -> None:
             await comm.write("one")
@@ -820,6 +842,21 @@ class TestStock:
             assert scope.cancelled_caught
             go.set()
             assert await all_of(stream) == [None, 2]
+
+    async def test_items_that_come_without_a_pause_do_not_put_off_a_cancellation(self, stock_like: Any) -> None:
+        async def script(peer: Any, number: int) -> None:
+            await peer.receive()
+            await peer.send_bytes(b"".join(peer.encode(n) for n in range(1000)))
+
+        async with stock_like(script) as address, rpc(address) as remote, remote.ticks.stream() as stream:
+            found = []
+            with trio.CancelScope() as scope:
+                async for item in stream:
+                    found.append(item)
+                    if item == 9:
+                        scope.cancel()
+            assert found == list(range(10))
+            assert await stream.receive() == 10
 
     @pytest.mark.parametrize("before", [[], [1, 2], [1, None]])
     async def test_an_error(self, before: list[Any], stock_like: Any) -> None:

@@ -14,7 +14,9 @@ import trio.testing
 
 from trio_dcore import (
     BatchedSend,
+    Comm,
     CommClosedError,
+    ConnectError,
     LimitExceeded,
     Limits,
     LocalProtocolError,
@@ -25,7 +27,7 @@ from trio_dcore import (
     rpc,
     to_serialize,
 )
-from trio_dcore.testing import MemoryNetwork, cancel_sweep, memory_network, wire_sweep
+from trio_dcore.testing import MemoryNetwork, SweepError, cancel_sweep, memory_network, wire_sweep
 
 blocked = trio.testing.wait_all_tasks_blocked
 
@@ -655,6 +657,96 @@ async def test_the_comm_is_closed_here(pair: Any) -> None:
             stream.send(1)
 
 
+async def test_a_batch_that_had_to_wait_for_its_turn_is_unsent(new_pair: Any) -> None:
+    """Also when it is here that the comm is closed: nothing of it has gone."""
+    async with new_pair("tcp") as pair, trio.open_nursery() as nursery:
+        stream = await nursery.start(BatchedSend(pair.client).run)
+
+        async def write() -> None:
+            with pytest.raises(CommClosedError):
+                await pair.client.write(bytes(30_000_000))
+
+        nursery.start_soon(write)
+        await blocked(0.01)
+        stream.send(1)
+        await blocked(0.01)
+        assert (stream.unsent, stream.maybe_sent) == ([], [1])
+        stream.send(2)
+        stream.abort()
+        await blocked(0.01)
+        assert (stream.unsent, stream.maybe_sent) == ([1, 2], [])
+
+
+async def test_a_batch_of_which_the_system_took_nothing_is_unsent(new_pair: Any) -> None:
+    async with new_pair("tcp") as pair, trio.open_nursery() as nursery:
+        while pair.client.write_nowait("x" * 10_000):
+            pass
+        while pair.client._sending:  # what is owed has been sent
+            await pair.server.read()
+            await blocked(0.01)
+        while pair.client._pump.try_send(b"x"):
+            pass
+        stream = await nursery.start(BatchedSend(pair.client).run)
+        stream.send(1)
+        await blocked(0.01)
+        assert stream.maybe_sent == [1]
+        stream.abort()
+        await blocked(0.01)
+        assert (stream.unsent, stream.maybe_sent) == ([1], [])
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:0", "inproc://"])
+async def test_what_waits_for_credit_when_its_request_ends_is_unsent(address: str) -> None:
+    """A handler has gone and left its BatchedSend behind."""
+    found: list[BatchedSend] = []
+
+    async def many(comm: Any) -> None:
+        stream = await others.start(BatchedSend(comm, interval=0).run)
+        found.append(stream)
+        for i in range(20):
+            stream.send(i)
+            await blocked(0.01)
+
+    async with Server({"many": many}) as server, trio.open_nursery() as others:
+        async with rpc(await server.listen(address)) as remote, remote.many.stream() as items:
+            await blocked(0.5)
+            got = [message async for batch in items for message in batch]
+    (stream,) = found
+    assert stream.maybe_sent == []
+    assert got + stream.unsent == list(range(20))
+    assert len(stream.unsent) == 20 - Limits().window
+
+
+async def test_batches_without_an_interval_do_not_put_off_a_cancellation() -> None:
+    class Quick(Comm):
+        """Takes all at once, and has something new to say whenever others get their turn."""
+
+        peer = local_address = peer_address = None  # type: ignore[assignment]
+        count = 0
+
+        async def write(self, message: Any, *, on_error: Any = None, serializers: Any = None) -> int:
+            self.count += 1
+            if self.count == 3:
+                scope.cancel()
+            if self.count < 100:
+                stream.send(self.count)
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return 1
+
+        read = receive = send = aclose = abort = None  # type: ignore[assignment]
+
+        def closed(self) -> bool:
+            return False
+
+    comm = Quick()
+    stream = BatchedSend(comm, interval=0)
+    stream.send(0)
+    with trio.CancelScope() as scope:
+        await stream.run()
+    assert comm.count == 3
+    assert stream.unsent == [3]
+
+
 # -- with servers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -707,7 +799,8 @@ async def test_from_a_handler(address: str) -> None:
 
 # -- sweeps ----------------------------------------------------------------------------------------------------------------------
 
-LINES = [1, "two", {"three": 3}, b"x" * 3000, 5, 6]
+# Few bytes, since each is cut.
+LINES = [1, "two", {"three": 3}, b"x" * 30, 5, 6]
 
 
 class Sweep:
@@ -734,8 +827,11 @@ class Sweep:
                     self.accepted.append(message)
                 await trio.sleep(0.005)
 
-    async def nothing_is_lost_silently_or_twice(self) -> None:
-        """Accepted is written, maybe sent, or unsent, in this order; and what was handled is the front of that."""
+    async def nothing_is_lost_silently_or_twice(self, *, cut: bool) -> None:
+        """Accepted is written, maybe sent, or unsent, in this order; and what was handled is the front of that.
+
+        Unless the wire was cut, which may lose what is on its way, everything that is neither of the latter has been handled.
+        """
         await blocked()
         stream = self.stream
         if stream is None:
@@ -746,34 +842,109 @@ class Sweep:
         assert len(self.accepted) == stream.message_count
         assert self.log.lines == LINES[: len(self.log.lines)]
         assert len(self.log.lines) <= stream.message_count - len(stream.unsent)
+        assert cut or len(self.log.lines) >= stream.message_count - len(rest)
+
+    async def cancel(self) -> int:
+        """Cancel it at every step."""
+        with memory_network():
+            async with self.log.server() as server:
+                address = await server.listen("memory://")
+
+                async def check() -> None:
+                    await self.nothing_is_lost_silently_or_twice(cut=False)
+                    await self.stream_to(address)
+                    await blocked()
+                    assert self.log.lines == LINES
+
+                return await cancel_sweep(lambda: self.stream_to(address), check=check)
+
+    async def cut(self) -> int:
+        """Cut its wire after every byte."""
+
+        async def scenario(network: MemoryNetwork) -> None:
+            async with self.log.server() as server:
+                await self.stream_to(await server.listen("memory://"))
+
+        async def check(network: MemoryNetwork) -> None:
+            await self.nothing_is_lost_silently_or_twice(cut=True)
+
+        return await wire_sweep(scenario, check=check, allowed=(CommClosedError, OSError))
 
 
 async def test_cancelled_at_every_step(autojump_clock: Any) -> None:
-    sweep = Sweep()
-    with memory_network():
-        async with sweep.log.server() as server:
-            address = await server.listen("memory://")
-
-            async def check() -> None:
-                await sweep.nothing_is_lost_silently_or_twice()
-                await sweep.stream_to(address)
-                await blocked()
-                assert sweep.log.lines == LINES
-
-            steps = await cancel_sweep(lambda: sweep.stream_to(address), check=check)
-    assert steps > 20
+    assert await Sweep().cancel() > 20
 
 
 async def test_cut_at_every_byte(autojump_clock: Any) -> None:
-    sweep = Sweep()
+    assert await Sweep().cut() > 4 * 154 + 2 * 300  # of two handshakes, and of what is streamed
+
+
+async def test_a_loss_that_is_not_told_is_found(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative controls of both sweeps."""
+    with monkeypatch.context() as patch, pytest.raises(SweepError, match="cancelled at step"):
+        patch.setattr(BatchedSend, "unsent", [])
+        await Sweep().cancel()
+    with monkeypatch.context() as patch, pytest.raises(SweepError, match="WireCut"):
+        patch.setattr(BatchedSend, "maybe_sent", LINES)
+        await Sweep().cut()
+
+
+class Answers:
+    """A handler that streams batches to its caller, over and over cancelled or cut."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self.found: list[Any] = []
+
+    async def lines(self, comm: Any) -> None:
+        self.inside += 1
+        try:
+            async with BatchedSend(comm, interval=0.001) as stream:
+                for line in LINES[:4]:
+                    await stream.send_wait(line)
+        finally:
+            self.inside -= 1
+
+    async def take(self, address: str) -> None:
+        self.found = []
+        async with rpc(address) as remote, remote.lines.stream() as items:
+            async for batch in items:
+                self.found += batch
+
+    def check(self) -> None:
+        assert self.inside == 0
+        assert self.found == LINES[: len(self.found)]
+
+
+async def test_from_a_handler_cancelled_at_every_step(autojump_clock: Any) -> None:
+    answers = Answers()
+    with memory_network():
+        async with Server({"lines": answers.lines}) as server:
+            address = await server.listen("memory://")
+
+            async def check() -> None:
+                await blocked()
+                answers.check()
+                await answers.take(address)
+                assert answers.found == LINES[:4]
+                await blocked()
+                assert server.statistics().connections == 0
+
+            assert await cancel_sweep(lambda: answers.take(address), check=check) > 10
+
+
+async def test_from_a_handler_cut_at_every_byte(autojump_clock: Any) -> None:
+    """A stream that was cut is never taken for one that has ended."""
+    answers = Answers()
 
     async def scenario(network: MemoryNetwork) -> None:
-        async with sweep.log.server() as server:
-            address = await server.listen("memory://")
-            await sweep.stream_to(address)
+        async with Server({"lines": answers.lines}) as server:
+            try:
+                await answers.take(await server.listen("memory://"))
+            except (CommClosedError, ConnectError):
+                await blocked()
+                answers.check()
+            else:
+                assert answers.found == LINES[:4]
 
-    async def check(network: MemoryNetwork) -> None:
-        await sweep.nothing_is_lost_silently_or_twice()
-
-    cuts = await wire_sweep(scenario, check=check, allowed=(CommClosedError, OSError), every=13)
-    assert cuts > 200
+    assert await wire_sweep(scenario) > 4 * (154 + 40)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,6 +96,7 @@ class Telegraph(Pigeon):
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_registry, "_transports", dict(_registry._transports))
+    monkeypatch.setattr(_registry, "_unknown", set())
 
 
 @pytest.fixture(params=[Pigeon, Telegraph])
@@ -191,6 +195,74 @@ def test_what_can_be_no_scheme(over_stream: Any, scheme: Any) -> None:
 def test_what_is_no_transport(transport: Any) -> None:
     with pytest.raises(TypeError, match=r"register_transport\(\) takes an instance of trio_dcore\.abc\.Transport"):
         register_transport(transport)
+
+
+class Installed(Pigeon):
+    """What an entry point leads to: made without arguments, when its scheme is asked for."""
+
+    scheme = "installed"
+    made = 0
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        Installed.made += 1
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Install a package with an entry point for a transport: ``install("scheme = module:attribute")``."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(Installed, "made", 0)
+
+    def write(entry_point: str) -> None:
+        folder = tmp_path / "carriers-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: carriers\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text(f"[trio_dcore.transports]\n{entry_point}\n")
+        importlib.invalidate_caches()
+
+    return write
+
+
+def test_an_installed_package_brings_a_scheme(install: Callable[[str], None]) -> None:
+    install(f"installed = {__name__}:Installed")
+    assert coerce_to_address("tcp://127.0.0.1:1") == "tcp://127.0.0.1:1"
+    assert Installed.made == 0
+    assert coerce_to_address("installed://loft") == "installed://loft"
+    assert isinstance(get_transport("installed"), Installed)
+    assert Installed.made == 1
+    for _ in range(2):
+        with pytest.raises(AddressError, match="unknown scheme 'other'"):
+            get_transport("other")
+
+
+def test_a_registered_transport_goes_before_an_installed_one(install: Callable[[str], None]) -> None:
+    install(f"installed = {__name__}:Installed")
+    mine = Installed()
+    register_transport(mine)
+    assert get_transport("installed") is mine
+    assert Installed.made == 1
+
+
+def test_an_entry_point_that_gives_something_else(install: Callable[[str], None]) -> None:
+    install(f"elsewhere = {__name__}:Installed")
+    with pytest.raises(LocalProtocolError, match=r"the entry point '.*:Installed' is for elsewhere://, and gave"):
+        get_transport("elsewhere")
+
+
+def test_unknown_schemes_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def entry_points(*, group: str, name: str) -> list[Any]:
+        asked.append(name)
+        return []
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(_registry, "_MOST_UNKNOWN", 2)
+    for scheme in ("a", "b", "a", "b", "c", "c"):
+        with pytest.raises(AddressError):
+            get_transport(scheme)
+    assert asked == ["a", "b", "c", "c"]  # no more than so many are remembered
 
 
 def test_the_schemes_of_the_package() -> None:

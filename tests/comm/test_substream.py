@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from trio_dcore import (
     to_serialize,
 )
 from trio_dcore.abc import CommSettings
-from trio_dcore.comm import Substream, SubstreamComm, get_transport, parse_address
+from trio_dcore.comm import Substream, SubstreamComm, _substream, get_transport, parse_address
 from trio_dcore.comm._substream import _while_reading
 from trio_dcore.protocol._envelope import CANCEL, END, ERROR, GOODBYE, ITEM, ITEMS, PING, PONG, REPLY, WINDOW, Credit
 from trio_dcore.protocol._frames import single_frame
@@ -185,7 +186,7 @@ class TestReceiving:
             assert (await read(theirs))[0] == WINDOW
             # Whoever finds it while it waits for credit isn't told: it is none of its business.
             await theirs.write((ITEM, 5, to_serialize(lock)), serializers=["msgpack"])
-            await theirs.write((WINDOW, 5, (1, 0)))
+            theirs.write_soon((WINDOW, 5, (1, 0)))
             await stream.send("x")
             with pytest.raises(TypeError):
                 await stream.receive()
@@ -371,7 +372,7 @@ class TestSending:
                 nursery.start_soon(send)
                 await wait_all_tasks_blocked(0.01)
                 assert sent == [0, 1]
-                await theirs.write((WINDOW, 5, (1, 0)))
+                theirs.write_soon((WINDOW, 5, (1, 0)))
                 await wait_all_tasks_blocked(0.01)
                 assert sent == [0, 1, 2]
                 await theirs.write((WINDOW, 5, (0, 100)))
@@ -1128,3 +1129,89 @@ class TestStalls:
                         await stream.send(item)
                 assert scope.cancelled_caught
             assert not ours.fault
+
+
+class TestFlood:
+    """A read that need not wait delivers no cancellation, so who sends what is no news, without a pause, must not keep anybody."""
+
+    COUNT = 1000
+
+    async def cut(self, operation: Any) -> None:
+        """Cancel it after some steps."""
+        with trio.fail_after(5), trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(operation)
+                for _ in range(4):
+                    await trio.lowlevel.checkpoint()
+                scope.cancel()
+
+    def flood(self, comm: Any, kind: int = PONG, value: Any = None) -> None:
+        for _ in range(self.COUNT):
+            assert comm.write_soon((kind, 5, value))
+
+    @pytest.mark.parametrize(("kind", "value"), [(PONG, None), (WINDOW, (0, 0)), (ITEM, "left over")])
+    async def test_who_receives(self, kind: int, value: Any, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, 6 if kind == ITEM else 5)
+            self.flood(theirs, kind, value)
+            theirs.write_soon((ITEM, stream.id, "at last"))
+            found = []
+
+            async def receive() -> None:
+                found.append(await stream.receive())
+
+            await self.cut(receive)
+            assert found == []
+            assert ours.messages_read < self.COUNT
+            assert await stream.receive() == "at last"
+
+    async def test_who_waits_for_credit(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours, credit=Credit(0, 2**20))
+            self.flood(theirs)
+            theirs.write_soon((WINDOW, 5, (1, 0)))
+            await self.cut(lambda: stream.send("item"))
+            assert ours.messages_read < self.COUNT
+            assert stream.items_sent == 0
+            await stream.send("item")
+            assert await read(theirs) == (ITEM, 5, "item")
+
+    async def test_who_writes(self, where: str) -> None:
+        async with unread(where) as (ours, theirs, stream, item):
+            self.flood(theirs)
+            await self.cut(lambda: stream.send(item))
+            assert ours.messages_read < self.COUNT
+
+    async def test_that_is_no_credit(self) -> None:
+        async with comms("inproc://") as (ours, theirs):
+            ours.settings = replace(ours.settings, limits=Limits(stream_stall=1e-9))
+            stream = substream(ours, credit=Credit(0, 2**20))
+            self.flood(theirs)
+            with pytest.raises(LimitExceeded):
+                await stream.send("item")
+            assert ours.messages_read < self.COUNT
+
+    async def test_credit_that_came_in_time_behind_others(self) -> None:
+        """This process had no time to look; that is not the peer's fault."""
+        async with comms("inproc://") as (ours, theirs):
+            ours.settings = replace(ours.settings, limits=Limits(stream_stall=1e-9))
+            stream = substream(ours, credit=Credit(0, 2**20))
+            for _ in range(20):
+                theirs.write_soon((PONG, 5, None))
+            theirs.write_soon((WINDOW, 5, (1, 0)))
+            await stream.send("item")
+            assert await read(theirs) == (ITEM, 5, "item")
+
+
+async def test_credit_for_a_very_large_window_comes_back_long_before_half_of_it(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_substream, "_MOST_GRANTED", 2)
+    async with comms(where) as (ours, theirs):
+        stream = substream(ours, window=Credit(2**60, 2**60))
+        for n in range(2):
+            await theirs.write((ITEM, 5, n))
+            assert await stream.receive() == n
+        kind, _, credit = await read(theirs)
+        assert kind == WINDOW
+        assert 1 <= credit[0] <= 2

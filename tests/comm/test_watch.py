@@ -8,7 +8,8 @@ import pytest
 import trio
 import trio.testing
 
-from trio_dcore.comm import FramedComm
+from trio_dcore.comm import FramedComm, _ahead
+from trio_dcore.comm._pumps import YIELD_BYTES
 from trio_dcore.comm._watch import READ_AHEAD
 from trio_dcore.errors import CommClosedError
 from trio_dcore.protocol import dumps
@@ -244,3 +245,42 @@ async def test_a_nursery_that_is_cancelled(new_pair: Any) -> None:
         await pair.client.write("message")
         pair.server.unwatch_end()
         assert await pair.server.read() == "message"
+
+
+async def test_bytes_that_come_without_a_pause_do_not_keep_it(new_pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that need not wait delivers no cancellation."""
+    rounds = 0
+
+    async def always_something(comm: FramedComm) -> bool:
+        nonlocal rounds
+        rounds += 1
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return rounds < 1000
+
+    monkeypatch.setattr(FramedComm, "wait_incoming", always_something)
+    async with new_pair("tcp") as pair, trio.open_nursery() as nursery:
+        pair.server.watch_end(nursery, Told(), lambda: True)
+        await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert rounds < 1000
+
+
+async def test_what_is_read_on_meanwhile_does_not_change_the_size_of_a_message(
+    new_pair: Any, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By which credit is counted."""
+    async with new_pair("tcp") as pair:
+        comm = pair.server
+        comm.watch_end(nursery, Told(), lambda: comm.read_ahead(5, 2**20, fill=False))
+        await pair.client.write("small")
+        await settle(0.01)
+
+        async def others_run() -> None:
+            await pair.client.write("x" * 1000)
+            await settle(0.01)
+
+        monkeypatch.setattr(_ahead, "cancel_shielded_checkpoint", others_run)
+        comm._pump.unwaited = YIELD_BYTES
+        assert await comm.next_head() == ("small", None)
+        assert comm.last_message_size == len(single_frame(dumps("small")[0]))
+        nursery.cancel_scope.cancel()

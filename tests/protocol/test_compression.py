@@ -6,6 +6,7 @@ import os
 import sys
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,14 @@ from trio_dcore.protocol import LimitExceeded, LocalProtocolError, RemoteProtoco
 from trio_dcore.protocol._compression import (
     CODECS,
     Budget,
+    check_codec,
     codec_available,
     compress_payload,
     decompress,
+    default_codec,
     maybe_compress,
 )
+from trio_dcore.protocol._errors import TooHeavy
 
 TEXT = b"Grace is a deadline on the handlers' nursery. " * 1000
 
@@ -216,6 +220,60 @@ class TestHeaderEntries:
         assert not codec_available("brotli")
 
 
+class TestSetting:
+    def test_those_there_are(self) -> None:
+        for codec in (*CODECS, "auto", None):
+            assert check_codec(codec) is codec
+
+    @pytest.mark.parametrize("codec", ["brotli", "", 3, False, ["lz4"]])
+    def test_others(self, codec: Any) -> None:
+        with pytest.raises(ValueError, match="must be one of lz4, snappy, zlib, zstd, 'auto', or None"):
+            check_codec(codec)
+
+    def test_one_that_is_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "zstandard", None)
+        with pytest.raises(ValueError, match="compression='zstd' needs the package 'zstandard': pip install zstandard"):
+            check_codec("zstd")
+
+    @pytest.mark.parametrize(
+        ("missing", "found"), [((), "lz4"), (("lz4.block",), "snappy"), (("lz4.block", "snappy"), None)], ids=str
+    )
+    def test_dasks_choice(self, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], found: str | None) -> None:
+        for module in missing:
+            monkeypatch.setitem(sys.modules, module, None)
+        default_codec.cache_clear()
+        try:
+            assert default_codec() == found
+        finally:
+            default_codec.cache_clear()
+
+
+class TestTooHeavy:
+    """What would become more than may be made here is left alone, but for what it takes to see that."""
+
+    @pytest.mark.parametrize("codec", CODECS)
+    def test_what_becomes_more(self, codec: str) -> None:
+        _, frame = maybe_compress(bytes(5_000_000), codec)
+        budget = Budget(lambda: None, len(frame), 5_000_000)
+        assert len(decompress(codec, frame, budget)) == budget.used == 5_000_000
+        with pytest.raises(TooHeavy):
+            decompress(codec, frame, Budget(lambda: None, len(frame), 4_999_999))
+
+    def test_that_of_unknown_size(self) -> None:
+        import zstandard
+
+        maker = zstandard.ZstdCompressor().compressobj()
+        frame = maker.compress(bytes(5_000_000)) + maker.flush()
+        assert zstandard.frame_content_size(frame) < 0
+        with pytest.raises(TooHeavy):
+            decompress("zstd", frame, Budget(lambda: None, len(frame), 4_999_999))
+
+    def test_the_limit_comes_first(self) -> None:
+        _, frame = maybe_compress(bytes(5_000_000), "lz4")
+        with pytest.raises(LimitExceeded):
+            decompress("lz4", frame, Budget(lambda: 10_000, len(frame), 5_000))
+
+
 class TestSamplingRule:
     @pytest.mark.parametrize(
         ("payload", "compressed"),
@@ -224,10 +282,10 @@ class TestSamplingRule:
             (bytes(10_000), True),
             (os.urandom(100_000), False),
             # Noise where the samples are taken: all of it is never tried.
-            (os.urandom(2_000) + bytes(3_000) + os.urandom(15_000), False),
+            (os.urandom(10_000) + b"".join(bytes(100_000) + os.urandom(10_000) for _ in range(4)), False),
             # The samples do well, all of it doesn't.
-            (bytes(2_000) + b"".join(os.urandom(20_500) + bytes(2_000) for _ in range(4)), False),
-            (os.urandom(2_000) + bytes(100_000), True),
+            (bytes(10_000) + b"".join(os.urandom(100_000) + bytes(10_000) for _ in range(4)), False),
+            (os.urandom(10_000) + bytes(500_000), True),
         ],
         ids=["small", "just large enough", "noise", "bad sample", "good sample only", "mostly zero"],
     )
@@ -237,6 +295,18 @@ class TestSamplingRule:
         assert bytes(frame) == payload if not compressed else len(frame) <= 0.7 * len(payload)
         if not compressed:
             assert frame is payload
+
+    def test_five_places_of_10_000_bytes_and_no_byte_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[bytes] = []
+        codec = SimpleNamespace(compress=lambda data: seen.append(bytes(data)) or b"")
+        monkeypatch.setattr("trio_dcore.protocol._compression._compressor", lambda name: codec.compress)
+        large = os.urandom(1_000_000)
+        maybe_compress(large, "any")
+        assert seen == [b"".join(large[start : start + 10_000] for start in (0, 247_500, 495_000, 742_500, 990_000)), large]
+        seen.clear()
+        small = os.urandom(40_000)
+        maybe_compress(small, "any")
+        assert seen == [small, small]
 
     def test_same_payload_same_bytes(self) -> None:
         payload = os.urandom(5_000) + bytes(50_000)

@@ -31,6 +31,7 @@ from trio_dcore.protocol import (
     UnsafePayload,
 )
 from trio_dcore.protocol._decoding import Decoder
+from trio_dcore.protocol._errors import TooHeavy
 from trio_dcore.protocol._messages import dumps, loads
 
 
@@ -712,3 +713,118 @@ def test_any_markers_and_headers_are_a_message_or_a_typed_error(values: list[Any
 def test_pickled_is_never_left_as_it_came() -> None:
     """Pickled is for sending only: a receiver gets the object or an error."""
     assert loads(dumps(Pickled({"pickled-obj": pickle.dumps(5)}, [])), OPAQUE) == 5
+
+
+# -- work ----------------------------------------------------------------------------------------------------------------------
+
+MB = 1_000_000
+_loaded: list[int] = []
+
+
+def load(number: int, data: object = None) -> int:
+    _loaded.append(number)
+    return number
+
+
+class Loading:
+    """Notes that it was unpickled; its pickle has so many bytes."""
+
+    def __init__(self, number: int, size: int = 0) -> None:
+        self.number = number
+        self.size = size
+
+    def __reduce__(self) -> Any:
+        return load, (self.number, bytes(self.size))
+
+
+@pytest.fixture
+def loaded() -> list[int]:
+    _loaded.clear()
+    return _loaded
+
+
+def heavy(frames: list[Any], most: int, **context: Any) -> Any:
+    """What a message is, that takes more work than so many bytes."""
+    with pytest.raises(TooHeavy) as caught:
+        Decoder(DecodeContext(**context)).resolve(frames, most)
+    return caught.value.rest()
+
+
+class TestWork:
+    @pytest.mark.parametrize("wrap", [ToPickle, Serialize, lambda value: Serialize([value, 1])])
+    def test_pickles(self, wrap: Callable[[Any], Any], loaded: list[int]) -> None:
+        frames = dumps({"a": wrap(Loading(1, MB))})
+        assert Decoder(TRUSTED).resolve(frames, 2 * MB) == Decoder(TRUSTED).resolve(frames)
+        loaded.clear()
+        found = heavy(frames, MB)
+        assert found["a"] in (1, (1, 1), [1, 1])
+        assert loaded == [1]
+
+    def test_they_add_up_and_none_is_loaded_twice(self, loaded: list[int]) -> None:
+        frames = dumps([ToPickle(Loading(number, MB // 2)) for number in range(4)] + [ToPickle(Loading(4))])
+        with pytest.raises(TooHeavy) as caught:
+            Decoder(TRUSTED).resolve(frames, MB + 1000)
+        assert loaded == [0, 1]
+        assert caught.value.rest() == (0, 1, 2, 3, 4)
+        assert loaded == [0, 1, 2, 3, 4]
+
+    def test_memory_that_is_looked_at_where_it_lies(self) -> None:
+        array = np.arange(MB)
+        frames = dumps({"a": array, "b": Serialize([array, b"x" * MB]), "c": ToPickle({"a": array})})
+        found = Decoder(TRUSTED).resolve(frames, 1000)
+        assert (found["c"]["a"] == array).all()
+
+    def test_what_nobody_knows_how_to_read(self) -> None:
+        frames = dumps(Serialized({"serializer": "from the future"}, [bytes(MB)]))
+        with pytest.raises(SerializationError):
+            heavy(frames, MB - 1)
+        with pytest.raises(SerializationError):
+            Decoder(TRUSTED).resolve(frames, 2 * MB)
+
+    def test_pieces_that_are_joined(self) -> None:
+        array = np.arange(MB // 8)
+        frames = [bytes(frame) for frame in dumps(Serialize(array), EncodeContext(shard=MB // 4))]
+        assert (heavy(frames, MB // 2) == array).all()
+        assert (Decoder(TRUSTED).resolve(frames, 2 * MB) == array).all()
+
+    def test_compressed_ones_count_for_what_they_become(self) -> None:
+        array = np.zeros(MB // 8)
+        frames = dumps([Serialize(array), Serialize(array)], EncodeContext(compression="lz4"))
+        assert sum(map(len, frames)) < 20_000
+        assert (heavy(frames, MB)[1] == array).all()
+        assert (Decoder(TRUSTED).resolve(frames, 3 * MB)[1] == array).all()
+
+    def test_what_was_decompressed_in_vain_does_not_count_against_the_limit(self) -> None:
+        """A collection of which the first array was decompressed before the second was too much."""
+        arrays = [np.zeros(MB // 8), np.zeros(MB // 8)]
+        frames = dumps(Serialize(arrays), EncodeContext(compression="lz4"))
+        limit = 2 * MB + 20_000
+        assert len(heavy(frames, MB + 100_000, max_message=lambda: limit)) == 2
+        with pytest.raises(LimitExceeded):
+            heavy(frames, MB + 100_000, max_message=lambda: 2 * MB)
+
+    def test_an_error_behind_it_still_says_where(self) -> None:
+        frames = dumps({"a": ToPickle(Loading(1, MB)), "b": [Serialized({"serializer": "?"}, [])]})
+        with pytest.raises(SerializationError) as caught:
+            heavy(frames, MB)
+        assert caught.value.path == "b[0]"
+
+    def test_two_markers_of_one_payload_are_refused_the_second_time_as_well(self, loaded: list[int]) -> None:
+        frames = dumps([ToPickle(Loading(1)), ToPickle(Loading(2, MB))])
+        head = msgpack.packb([{"__Pickled__": 1}, {"__Pickled__": 2}, {"__Pickled__": 1}])
+        with pytest.raises(RemoteProtocolError, match="two markers name frame 1"):
+            heavy([head, *frames[1:]], MB)
+
+    def test_what_is_left_as_it_came_takes_none(self) -> None:
+        frames = dumps(Serialize(Loading(1, MB)))
+        assert type(Decoder(OPAQUE).resolve(frames, 0)) is Serialized
+
+    @pytest.mark.parametrize("header", [{"pickled-obj": 5}, {"split-num-sub-frames": 5}, {"serializer": "pickle"}, {}])
+    def test_any_header(self, header: Any) -> None:
+        for key in ("__Pickled__", "__Serialized__"):
+            frames = [msgpack.packb({key: 1}), msgpack.packb({**header, "num-sub-frames": 1}), bytes(MB)]
+            with pytest.raises((RemoteProtocolError, SerializationError, TooHeavy)) as caught:
+                Decoder(TRUSTED).resolve(frames, 0)
+            if type(caught.value) is TooHeavy:
+                with pytest.raises((RemoteProtocolError, SerializationError)):
+                    caught.value.rest()

@@ -24,6 +24,7 @@ from trio_dcore import (
     Server,
     ServerClosing,
     Status,
+    UnknownOp,
     connect,
     current_request,
     rpc,
@@ -81,6 +82,17 @@ class TestConstruction:
             Server(blocked_handlers="echo")
         assert Server(blocked_handlers=("echo",)).blocked_handlers == {"echo"}
 
+    def test_blocked_handlers_of_a_class(self) -> None:
+        class Careful(Server):
+            default_blocked_handlers = ("echo", "dump_state")
+
+        assert Careful().blocked_handlers == {"echo", "dump_state"}
+        assert Careful(blocked_handlers=["identity"]).blocked_handlers == {"identity"}
+        assert Careful(blocked_handlers=()).blocked_handlers == Server().blocked_handlers == set()
+        Careful.default_blocked_handlers = "echo"
+        with pytest.raises(TypeError, match=r"such as \['echo'\]"):
+            Careful()
+
     def test_authorize(self) -> None:
         async def ask(peer: Any, op: str) -> bool:
             return True
@@ -104,6 +116,9 @@ class TestConstruction:
             _ = server.address
         with pytest.raises(LocalProtocolError, match="no port"):
             _ = server.port
+        with pytest.raises(LocalProtocolError, match="no host"):
+            _ = server.host
+        assert server.listeners == ()
 
 
 class TestBuiltIns:
@@ -112,6 +127,23 @@ class TestBuiltIns:
             assert await remote.identity() == {"type": "Server", "id": server.id}
             assert await remote.echo(data=[1]) in ([1], (1,))
             assert await remote.echo() is None
+
+    async def test_dump_state(self, where: str, serving: Any) -> None:
+        handlers: dict[str, Any] = {"add": add}
+        async with serving(handlers, where) as (server, remote):
+            with pytest.raises(UnknownOp):  # it tells strangers what goes on, so it is no op by itself
+                await remote.dump_state()
+            server.handlers["dump_state"] = server.dump_state
+            await remote.add(x=1)
+            state = await remote.dump_state()
+            assert list(state) == ["type", "id", "addresses", "status", "statistics"]
+            assert (state["type"], state["id"], state["status"]) == ("Server", server.id, "running")
+            assert tuple(state["addresses"]) == server.addresses
+            assert state["statistics"]["requests"] == {"add": 1, "dump_state": 1}
+            assert state["statistics"]["connections"] == state["statistics"]["in_flight"] == 1
+            assert list(await remote.dump_state(exclude=["statistics", "id"])) == ["type", "addresses", "status"]
+            with pytest.raises(TypeError):
+                await remote.dump_state(exclude=5)
 
     async def test_may_be_replaced(self, serving: Any) -> None:
         async with serving({"echo": lambda: "mine"}) as (_server, remote):
@@ -151,6 +183,28 @@ class TestListening:
                     assert await remote.add(x=1) == 2
         assert server.status is Status.closed
         assert server.addresses == tuple(addresses)
+
+    async def test_a_listener_may_be_closed_by_itself(self, where: str) -> None:
+        async with no_leaks(), Server({"add": add}) as server:
+            first, second = [await server.listen(where) for _ in range(2)]
+            assert [listener.contact_address for listener in server.listeners] == [first, second]
+            server.listeners[0].close()
+            with pytest.raises(ConnectError):
+                await connect(first, timeout=0.05)
+            async with rpc(second) as remote:
+                assert await remote.add(x=1) == 2
+            assert server.status is Status.running
+        assert server.listeners == ()
+
+    async def test_the_defaults_of_a_class(self) -> None:
+        class Mine(Server):
+            default_ip = "127.0.0.1"
+
+        async with Mine() as server:
+            for argument in (None, 0, "", "tcp://"):
+                assert (await server.listen(argument)).startswith("tcp://127.0.0.1:")
+            assert server.host == "127.0.0.1"
+            assert server.port == int(server.address.rpartition(":")[2])
 
     async def test_an_address_that_is_taken(self, where: str) -> None:
         async with no_leaks(), Server() as first, Server() as second:

@@ -47,6 +47,16 @@ async def test_a_snapshot_stays_as_it_is(serving: Any) -> None:
             before.requests["echo"] = 5
 
 
+async def test_as_a_dict(serving: Any) -> None:
+    async with serving({}) as (server, remote):
+        await remote.echo(data=1)
+        found = server.statistics().as_dict()
+        assert list(found) == [each.name for each in dataclasses.fields(ServerStatistics)]
+        assert found["requests"] == {"echo": 1}
+        assert type(found["requests"]) is dict
+        assert found["connections"] == 1
+
+
 async def test_bytes_are_those_of_the_connections_and_outlive_them(serving: Any) -> None:
     async with serving({}, "tcp://127.0.0.1:0") as (server, remote):
         await remote.echo(data=bytes(1000))

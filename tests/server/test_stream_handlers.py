@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
+import numpy
 import pytest
 import trio
 import trio.testing
 
-from trio_dcore import CommClosedError, Server, connect
+from trio_dcore import CommClosedError, Server, connect, in_thread, run_to_end
 from trio_dcore.protocol import Serialize, ToPickle
 from trio_dcore.testing import memory_network, no_leaks
 
@@ -296,3 +298,44 @@ async def test_an_op_inside_a_payload_is_refused_all_the_same(batch: Any, caplog
     assert len(lines) == 1
     found, lines, _ = await refused("tcp://127.0.0.1:0", batch, caplog=caplog)
     assert found == [{"x": 1}]
+
+
+class Odd:
+    """Has no truth value, and is equal to nothing in particular, as an array."""
+
+    def __bool__(self) -> bool:
+        raise ValueError("ambiguous")
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("where", "op"), [("tcp://127.0.0.1:0", Serialize(numpy.arange(3))), ("inproc://", Odd())])
+async def test_an_op_without_a_truth_value_is_unknown(where: str, op: Any, caplog: pytest.LogCaptureFixture) -> None:
+    batch = [{"op": "note", "x": 1}, {"op": op, "x": 2}, {"op": "note", "x": 3}]
+    assert (await send(batch, [{"op": "note", "x": 4}], where=where)).found == [{"x": 1}, {"x": 3}, {"x": 4}]
+    assert "the unknown op a" in caplog.text
+
+
+async def test_a_handler_in_a_thread(caplog: pytest.LogCaptureFixture) -> None:
+    """In order with the others, and what it raises costs no other message."""
+    found: list[Any] = []
+    done = trio.Event()
+
+    def blocking(x: int) -> None:
+        found.append((x, threading.current_thread() is threading.main_thread()))
+        if x == 2:
+            raise ValueError("in the thread")
+
+    handlers = {"blocking": in_thread(blocking), "plain": run_to_end(blocking), "done": done.set}
+    async with no_leaks(), Server(stream_handlers=handlers) as server:
+        async with await connect(await server.listen("tcp://127.0.0.1:0")) as comm:
+            await comm.write({"op": "connection_stream", "reply": False})
+            messages = [("blocking", {"x": 1}), ("plain", {"x": 3}), ("blocking", {"x": 2}), ("blocking", {"y": 0}), ("done", {})]
+            await comm.write([{"op": op, **arguments} for op, arguments in messages])
+            await done.wait()
+    assert found == [(1, False), (3, True), (2, False)]
+    assert "the stream handler 'blocking' failed" in caplog.text
+    assert "a message for 'blocking': wrong arguments: " in caplog.text

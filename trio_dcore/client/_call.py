@@ -51,9 +51,13 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
         fresh = False
         if comm is None:
             comm, fresh = await pool.acquire(address, op, anew=said_goodbye)
+        unsent = None
         try:
             if comm.extension is None:
-                await comm.put({"op": op, **kwargs, "reply": True}, serializers)
+                unsent = comm.start({"op": op, **kwargs, "reply": True}, serializers)
+                if unsent is not None:
+                    await comm.finish(unsent)
+                    unsent = None
                 answer = await _plain_answer(comm, op, deserializers)
             else:
                 comm.last_id += 1
@@ -64,6 +68,7 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
                 unsent = comm.start({"op": op, **kwargs, "reply": True, KEY: header}, serializers)
                 if unsent is not None:
                     await comm.finish(unsent)
+                    unsent = None
                 found = await comm.next_head()
                 head = None if found is None or found[1] is not None else found[0]
                 if type(head) is tuple and len(head) == 3 and head[0] == REPLY and head[1] == comm.last_id:
@@ -87,6 +92,12 @@ async def call(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, An
             if getattr(error, "nothing_sent", False) and not fresh:
                 continue  # it died while it was idle, and nothing of the request left
             raise closed_error(op, address, error) from error
+        except trio.Cancelled:
+            if unsent is None:
+                pool.discard(comm)
+            else:
+                pool.release(comm)  # which discards it, unless nothing of the request has left
+            raise
         except BaseException:
             pool.discard(comm)
             raise
@@ -137,7 +148,7 @@ async def _plain_answer(comm: BaseComm, op: str, deserializers: Sequence[str] | 
     if found is None:
         raise CommClosedError("it closed the comm without an answer")
     head, frames = found
-    answer = head if frames is None else comm.resolve(frames, deserializers)
+    answer = head if frames is None else await comm.unpack(frames, deserializers)
     if type(answer) is dict and answer.get("status") == "uncaught-error":
         return _Failure(exception_from_reply(answer, allow_pickle=comm.allows_pickle))
     return answer
@@ -152,7 +163,7 @@ async def _enveloped_answer(
         if found is None:
             raise CommClosedError("it closed the comm without an answer")
         head, frames = found
-        message = head if frames is None else comm.resolve(frames, deserializers)
+        message = head if frames is None else await comm.unpack(frames, deserializers)
         if type(message) is dict:
             return _Failure(map_error(message, comm.allows_pickle), last=True)
         kind, of, value = parse_envelope(message)
@@ -170,6 +181,7 @@ async def _enveloped_answer(
         elif kind == GOODBYE:
             raise _NeverStarted
         # else it is left over from an earlier request on this comm
+        await checkpoint_if_cancelled()  # a read that need not wait delivers no cancellation, and more may be here
         found = await comm.next_head()
 
 
@@ -208,6 +220,9 @@ async def notify(pool: ConnectionPool, address: str, op: str, kwargs: dict[str, 
             if getattr(error, "nothing_sent", False) and not fresh:
                 continue
             raise closed_error(op, address, error) from error
+        except trio.Cancelled:
+            pool.release(comm)  # which discards it, unless nothing of the request has left
+            raise
         except BaseException:
             pool.discard(comm)
             raise

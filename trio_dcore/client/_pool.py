@@ -16,8 +16,8 @@ import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
 from .._security import Security
-from ..abc import CommSettings
-from ..comm import BaseComm, check_encryption, coerce_to_address, connect_with, get_transport, parse_address
+from ..abc import OFFLOAD, CommSettings
+from ..comm import AddressLike, BaseComm, check_encryption, coerce_to_address, connect_with, get_transport, parse_address
 from ..errors import CommClosedError, ConnectError, LimitExceeded, RemoteProtocolError, RPCClosed, ServerClosing
 from ..protocol._limits import Limits
 from ._pinger import Pinger
@@ -43,6 +43,7 @@ class ConnectionPool:
         timeout: seconds for connecting and handshake together; None for ever.
         serializers: families for ``Serialize`` payloads.
         deserializers: families accepted in ``Serialize`` payloads.
+        compression, offload: as for :func:`trio_dcore.connect`.
 
     Making one neither connects nor needs a nursery.  ``pool(address).op(...)`` makes a call::
 
@@ -60,11 +61,15 @@ class ConnectionPool:
         timeout: float | None = 30.0,
         serializers: Sequence[str] | None = None,
         deserializers: Sequence[str] | None = None,
+        compression: str | None = None,
+        offload: int | None = OFFLOAD,
     ) -> None:
         if limit < 1:
             raise ValueError(f"limit={limit!r}: a pool needs room for at least 1 comm")
         self.timeout = timeout
-        self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers, pooled=True)
+        self.settings = CommSettings.of(
+            security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload, pooled=True
+        )
         #: Families for the payloads of a call that names none: (its request, its answer); None for the comm's own.
         self.families = None, self.settings.deserializers or self.settings.serializers
         self._policy = PoolPolicy(limit)
@@ -76,8 +81,22 @@ class ConnectionPool:
 
     # -- use ---------------------------------------------------------------------------------------------------------------------
 
-    def __call__(self, address: str | tuple[str, int]) -> PooledRPC:
-        """Calls to one address: ``pool(address).op(...)``."""
+    def __call__(self, address: AddressLike | None = None, *, ip: str | None = None, port: int | str | None = None) -> PooledRPC:
+        """Calls to one address: ``pool(address).op(...)``.
+
+        Args:
+            address: also ``"host:port"`` and ``(host, port)``.
+            ip: the host, in place of an address.
+            port: its port.
+
+        Raises:
+            AddressError: it is no address to call.
+            TypeError: neither an address nor ``ip`` and ``port``, or both.
+        """
+        if address is None and ip is not None and port is not None:
+            address = (ip, port)
+        elif address is None or ip is not None or port is not None:
+            raise TypeError("give an address, or ip= and port=")
         return PooledRPC(self, coerce_to_address(address))
 
     @property
@@ -96,6 +115,21 @@ class ConnectionPool:
         return len(self._policy.busy) + len(self._policy.connecting)
 
     @property
+    def connecting(self) -> int:
+        """How many of them are being connected."""
+        return len(self._policy.connecting)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes received so far over the comms that are in use."""
+        return sum(comm.bytes_read for comm in self._policy.busy)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes sent so far over the comms that are in use; a message counts when all of it is with the system."""
+        return sum(comm.bytes_written for comm in self._policy.busy)
+
+    @property
     def closed(self) -> bool:
         """Whether the pool has been closed."""
         return self._closed
@@ -104,18 +138,18 @@ class ConnectionPool:
         """Close every idle comm and return how many there were.  Not a checkpoint."""
         return self._abort_idle(list(self._policy.idle_since))
 
-    def remove(self, address: str, *, reason: str = "the address was removed") -> None:
+    def remove(self, address: AddressLike, *, reason: str = "the address was removed") -> None:
         """Close all comms to an address.  Calls on them, and calls that are connecting to it, get CommClosedError.
 
         Not a checkpoint.  The address may be used again.
         """
-        address = coerce_to_address(address)
+        removed = coerce_to_address(address)
         policy = self._policy
         # Those of now: a call that waits, and gets the slot of one that ends here, connects anew.
-        connecting = [slot for slot in policy.connecting if slot.address == address]
-        self._abort_idle(list(policy.idle.get(address, ())))
+        connecting = [slot for slot in policy.connecting if slot.address == removed]
+        self._abort_idle(list(policy.idle.get(removed, ())))
         for comm, (used_for, _) in list(policy.busy.items()):
-            if used_for == address:
+            if used_for == removed:
                 policy.discard(comm)
                 comm.abort()
         for slot in connecting:

@@ -9,7 +9,8 @@ from typing import Self
 import trio
 
 from .._security import Security
-from ..comm import coerce_to_address
+from ..abc import OFFLOAD
+from ..comm import AddressLike, coerce_to_address
 from ..protocol._limits import Limits
 from ._pool import ConnectionPool
 from ._rpc_call import PooledRPC
@@ -29,16 +30,17 @@ class rpc(PooledRPC):  # Dask's name
     Each call in flight has a comm of its own, so overlapping calls are safe; comms are kept for the next call.
 
     Args:
-        address: of the server; also ``"host:port"`` and ``(host, port)``.
+        address: of the server; also ``"host:port"``, ``(host, port)`` and ``[host, port]``, where the port may be text.
         limit: how many comms may be open at once.
-        security, limits, deserialize, timeout, serializers, deserializers: as for :func:`trio_dcore.connect`.
+        security, limits, deserialize, timeout, serializers, deserializers, compression, offload: as for
+            :func:`trio_dcore.connect`.
 
     Making one neither connects nor needs a nursery.  Leaving ``async with``, or :meth:`close_comms`, closes its comms.
     """
 
     def __init__(
         self,
-        address: str | tuple[str, int],
+        address: AddressLike,
         *,
         limit: int = 512,
         security: Security | None = None,
@@ -47,6 +49,8 @@ class rpc(PooledRPC):  # Dask's name
         timeout: float | None = 30.0,
         serializers: Sequence[str] | None = None,
         deserializers: Sequence[str] | None = None,
+        compression: str | None = None,
+        offload: int | None = OFFLOAD,
     ) -> None:
         pool = ConnectionPool(
             limit,
@@ -56,6 +60,8 @@ class rpc(PooledRPC):  # Dask's name
             timeout=timeout,
             serializers=serializers,
             deserializers=deserializers,
+            compression=compression,
+            offload=offload,
         )
         super().__init__(pool, coerce_to_address(address))
 

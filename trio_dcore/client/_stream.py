@@ -80,6 +80,9 @@ class RemoteStream:
                 if dismissed or (getattr(error, "nothing_sent", False) and not fresh):
                     continue
                 raise self._ended(error) from error
+            except trio.Cancelled:
+                pool.release(comm)  # which discards it, unless nothing of the request has left
+                raise
             except BaseException:
                 pool.discard(comm)
                 raise
@@ -302,6 +305,8 @@ class _Enveloped:
     def reusable(self) -> bool:
         """Whether the next request may follow: all was said, by both sides."""
         substream = self._substream
+        if substream.sending:
+            return False  # a task goes on with an item that nobody takes, or with the end
         return substream.ended and not (self.dismissed or self._lost) and (substream.items_sent == 0 or self.sent_eof)
 
 
@@ -324,6 +329,7 @@ class _Plain:
         return {"op": op, **kwargs, "reply": True, "close": True}
 
     async def receive(self) -> Any:
+        await checkpoint_if_cancelled()  # a read that need not wait delivers no cancellation
         while not self._ready:
             if self._end is not None:
                 raise self._end
@@ -337,7 +343,7 @@ class _Plain:
             self._end = trio.EndOfChannel()
             return
         head, frames = found
-        message = head if frames is None else comm.resolve(frames)
+        message = head if frames is None else await comm.unpack(frames)
         if self._held:
             self._held = False
             self._ready.append(None)

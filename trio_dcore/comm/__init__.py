@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..abc import Comm, CommSettings, Listener, Peer, Transport
 from ._addressing import (
+    AddressLike,
     address_from_user_args,
     coerce_to_address,
     get_address_host,
@@ -41,6 +42,7 @@ from ._watch import READ_AHEAD
 
 __all__ = [
     "READ_AHEAD",
+    "AddressLike",
     "BaseComm",
     "BatchedSend",
     "BrokenConnection",

@@ -23,6 +23,7 @@ from ._registry import find_transport, registered_schemes
 
 __all__ = [
     "DEFAULT_SCHEME",
+    "AddressLike",
     "address_from_user_args",
     "coerce_to_address",
     "get_address_host",
@@ -41,6 +42,9 @@ __all__ = [
 
 #: What an address without a scheme is taken for (``distributed.comm.default-scheme``).
 DEFAULT_SCHEME = "tcp"
+
+#: The forms of an address to call: ``"host:port"``, ``(host, port)`` or an address; the port of a pair may be text.
+AddressLike = str | tuple[str, int | str] | list[str | int]
 
 # The project's own schemes are read also where their transport isn't there; others by what their transport says.
 _HOST_PORT_SCHEMES = frozenset({"tcp", "tls"})
@@ -224,7 +228,7 @@ def new_inproc_address() -> str:
     return f"inproc://{new_location(get_ip())}"
 
 
-def coerce_to_address(address: str | tuple[str, int | str] | list[str | int]) -> str:
+def coerce_to_address(address: AddressLike) -> str:
     """Make the one spelling of an address to call from ``"host:port"``, ``(host, port)`` or an address.
 
     >>> coerce_to_address(("127.0.0.1", 8786)), coerce_to_address("127.0.0.1:8786")

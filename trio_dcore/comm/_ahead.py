@@ -100,6 +100,11 @@ class ReadAhead:
         self._behind = min(self._behind, self._size)
         return frames
 
+    def put_back(self, frames: list[Buffer], size: int) -> None:
+        """Keep a message that was taken, in front of all others."""
+        self.kept.appendleft((frames, size))
+        self._size += size
+
     @property
     def ready(self) -> bool:
         """Whether there is a message, and no error in its place."""
@@ -108,10 +113,12 @@ class ReadAhead:
     async def next_head(self, pump: Pump) -> tuple[object, list[Buffer] | None]:
         """What ``next_head`` of the comm returns, for the next message; there is one."""
         frames = self.take()
+        size = self._parser.last_size
         pump.unwaited += MESSAGE_WEIGHT
         if pump.unwaited >= YIELD_BYTES:
             pump.unwaited = 0
             await cancel_shielded_checkpoint()
+            self._parser.last_size = size  # meanwhile the watch may have read on
         return self._decoder.head(bytes(frames[0])), frames if len(frames) > 1 or b"__" in bytes(frames[0]) else None
 
     @property

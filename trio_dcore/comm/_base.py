@@ -14,11 +14,44 @@ from ..abc import Comm, CommSettings, Peer
 from ..errors import CommClosedError
 from ..protocol._context import Buffer
 from ..protocol._handshake import Extension
+from ..protocol._messages import Encoder
 
-__all__ = ["BaseComm", "Unsent"]
+__all__ = ["BaseComm", "Unmade", "Unsent"]
 
-#: What is left to do for a message: (its buffers, its size, how much of it has been sent).
-Unsent = tuple[list[Buffer], int, int]
+
+class Unsent:
+    """What is left to do for a message.
+
+    Attributes:
+        buffers: those of the message.
+        size: of the message, in bytes.
+        sent: how many of them have been sent.
+        begun: whether more of them may have been sent, and then it failed; not known before :meth:`BaseComm.finish` has.
+    """
+
+    __slots__ = ("begun", "buffers", "sent", "size")
+
+    def __init__(self, buffers: list[Buffer], size: int, sent: int) -> None:
+        self.buffers = buffers
+        self.size = size
+        self.sent = sent
+        self.begun = sent > 0
+
+
+class Unmade(Unsent):
+    """A message that is still to be encoded, in a worker thread; until it is, nothing is known of its bytes.
+
+    Attributes:
+        encoder: for that.
+        message: is not to be changed.
+    """
+
+    __slots__ = ("encoder", "message")
+
+    def __init__(self, encoder: Encoder, message: object) -> None:
+        super().__init__([], 0, 0)
+        self.encoder = encoder
+        self.message = message
 
 
 class BaseComm(Comm):
@@ -163,11 +196,20 @@ class BaseComm(Comm):
         if unsent is None:
             return self.bytes_written - before
         await self.finish(unsent, stall)
-        return unsent[1]
+        return unsent.size
 
     @abstractmethod
     def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
         """Phase two: decode the whole message, payloads included; ``deserializers`` replaces the comm's own for this message."""
+
+    async def unpack(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
+        """:meth:`resolve` the message that was read last, in a worker thread if that is much work.  Is a checkpoint only then.
+
+        Meanwhile nobody else can read the comm.
+
+        Cancellation: nothing is lost, the message is there for the next read.  The thread goes on; what it makes is dropped.
+        """
+        return self.resolve(frames, deserializers)
 
     @abstractmethod
     def write_nowait(self, message: Any) -> bool:
@@ -259,7 +301,7 @@ class BaseComm(Comm):
         if found is None:
             raise CommClosedError(f"{self.peer_address} closed the comm")
         head, frames = found
-        return head if frames is None else self.resolve(frames)
+        return head if frames is None else await self.unpack(frames)
 
     async def receive(self) -> Any:
         await checkpoint_if_cancelled()
@@ -267,7 +309,7 @@ class BaseComm(Comm):
         if found is None:
             raise trio.EndOfChannel(f"{self.peer_address} closed the comm")
         head, frames = found
-        return head if frames is None else self.resolve(frames)
+        return head if frames is None else await self.unpack(frames)
 
     def __repr__(self) -> str:
         state = " closed" if self.closed() else ""

@@ -351,6 +351,7 @@ class BatchedSend:
                     await self._wake.park()
             else:
                 earliest = now + self._interval
+                await checkpoint_if_cancelled()  # with no interval, and a peer that takes all at once, there is no other
                 for _ in range(len(outbox)):
                     if not await self._sent_one():
                         return

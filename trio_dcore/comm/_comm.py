@@ -4,88 +4,57 @@ How a :class:`FramedComm` works
 -------------------------------
 Reading: ``next_head`` asks the parser for a whole message and the pump for more bytes until there is one.  Decoding has two
 phases: the *head* (frame 0 with its markers in place) is read first, so that a server can settle op, limits and trust before
-``resolve`` touches a payload.
+``resolve`` touches a payload; or ``unpack``, which lets a worker thread do it where that is much work.
 
-Writing: the message is encoded first, which may fail without harm.  Nearly always nobody else is in the middle of a write and the
-kernel takes all of it at once: one system call and no lock.  Only if the kernel takes less does the writer become the owner of
-the send lock, behind which others queue in order.  What code that can't wait has to say, such as the credit of a stream, is
-*owed* if the kernel does not take it: whoever writes next sends it first, and if nobody does, a task of the system's.
+Writing is the other half, :mod:`._writing`.
 
 A frame is atomic: whatever interrupts a write after its first byte, or a read inside a message, closes the comm.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import trio
-from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+from trio.lowlevel import cancel_shielded_checkpoint
 
 from ..abc import CommSettings, Peer
 from ..errors import CommClosedError, LimitExceeded, RemoteProtocolError
+from ..protocol._compression import AUTO
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
 from ..protocol._envelope import PONG
-from ..protocol._frames import HANDSHAKE, JOIN_BELOW, FrameParser, join_small, pack_prelude, single_frame
-from ..protocol._limits import KiB
+from ..protocol._errors import TooHeavy
+from ..protocol._frames import HANDSHAKE, FrameParser
 from ..protocol._messages import Decoder, Encoder
 from ._ahead import ReadAhead, find_goodbye
-from ._base import BaseComm, Unsent
-from ._greeting import GREETING_DECODER, GREETING_ENCODER, JudgingEncoder, conclude, greeting
-from ._pace import acquire_within, stalled
+from ._greeting import GREETING_DECODER, JudgingEncoder, conclude, greeting, offered_codec
+from ._offload import in_worker
 from ._pumps import MESSAGE_WEIGHT, YIELD_BYTES, Pump
 from ._watch import EndWatch
+from ._writing import WritingComm
 
 __all__ = ["FramedComm"]
 
-# Bytes that may be owed: some credits and pongs.  A peer that makes us owe more isn't reading.
-_MOST_OWED = 16 * KiB
 
-
-class FramedComm(BaseComm):
+class FramedComm(WritingComm):
     """A comm that speaks Dask's framing over a pump."""
 
-    __slots__ = (
-        "_ahead",
-        "_broken",
-        "_closed",
-        "_decoder",
-        "_encoder",
-        "_encoder_telling",
-        "_ended",
-        "_items_owed",
-        "_owed",
-        "_parser",
-        "_pump",
-        "_reading",
-        "_send_lock",
-        "_sending",
-        "_unjudged",
-        "_watch",
-    )
+    __slots__ = ("_ahead", "_decoder", "_ended", "_parser", "_reading", "_unjudged", "_unpacking", "_watch")
 
     def __init__(self, pump: Pump, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
-        super().__init__(local_address=local_address, peer=peer, settings=settings)
-        self._pump = pump
+        super().__init__(pump, local_address=local_address, peer=peer, settings=settings)
         pump.progress = settings.limits.progress_timeout, settings.limits.progress_rate
         self._parser = FrameParser(settings.limits, self._is_trusted, first=HANDSHAKE)
-        # Until the handshake is done: plain data only.
-        self._encoder = GREETING_ENCODER
-        self._encoder_telling: Encoder | None = None
+        # Until the handshake is done: a plain map only.
         self._decoder = GREETING_DECODER
-        self._send_lock: trio.StrictFIFOLock | None = None
-        self._sending = False  # somebody has the send lock, or something is owed, or nothing more can be sent
-        self._owed: list[Buffer] = []  # what is to be sent before anything else
-        self._items_owed = False  # among that are items of a stream
         self._reading = False
+        self._unpacking = False  # a thread decodes a message, and whoever has read it waits for that: he is reading still
         self._ahead: ReadAhead | None = None
         self._unjudged: Encoder | None = None  # the encoder of a client that has not asked yet who the server is
         self._watch: EndWatch | None = None
-        self._closed = ""  # why, once it is
-        self._broken = ""  # why nothing can be written any more; what the peer wrote before can still be read
         self._ended = False  # the peer has ended its side cleanly
 
     @property
@@ -136,7 +105,8 @@ class FramedComm(BaseComm):
 
     async def handshake(self) -> None:
         limits = self.settings.limits
-        frames = greeting(self.settings)
+        codec = offered_codec(self)
+        frames = greeting(self.settings, codec)
         # Either order will do (wire document, section 3).  A server reads first: so the peer still waits for an answer when it is asked
         # who it is, before it can have sent all that it wanted and left; and who says nothing costs next to nothing.
         if not self.serving:
@@ -148,7 +118,7 @@ class FramedComm(BaseComm):
             _ = self._peer.trusted
         try:
             # Phase one only: a payload in a handshake is never touched, whoever sent it.
-            negotiated = conclude(self.settings, found[0])  # type: ignore[arg-type]  # its frame as it came
+            negotiated = conclude(self.settings, found[0], codec)  # type: ignore[arg-type]  # its frame as it came
         except RemoteProtocolError:
             self._doom("bad handshake")
             raise
@@ -164,10 +134,12 @@ class FramedComm(BaseComm):
                 allow_pickle=self.allows_pickle,
                 why=self.why_no_pickle,
                 pickle_protocol=negotiated.pickle_protocol,
-                compression=negotiated.compression,
+                # A receiver obeys the header, whatever was negotiated: a codec that was asked for by name is used.
+                compression=negotiated.compression if self.settings.compression == AUTO else codec,
                 serializers=self.settings.serializers,
                 extensions=extensions,
                 on_error="raise",
+                offload=self.settings.offload,
                 # Receivers need no shards; without them a payload is one buffer at both ends, and is never joined by copying.
                 shard=None,
                 forward_untrusted=self.settings.security.pickle == "always",
@@ -201,11 +173,40 @@ class FramedComm(BaseComm):
     # -- reading ----------------------------------------------------------------------------------------------------------------
 
     def resolve(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
-        decoder = self._decoder
-        if deserializers is not None:
-            context = replace(self._decode_context(), deserializers=tuple(deserializers))
-            decoder = Decoder(context, extensions=self._encoder.ctx.extensions)
-        return decoder.resolve(frames)
+        return self._decoder_for(deserializers).resolve(frames)
+
+    def _decoder_for(self, deserializers: Sequence[str] | None) -> Decoder:
+        if deserializers is None:
+            return self._decoder
+        context = replace(self._decode_context(), deserializers=tuple(deserializers))
+        return Decoder(context, extensions=self._encoder.ctx.extensions)
+
+    async def unpack(self, frames: list[Buffer], deserializers: Sequence[str] | None = None) -> Any:
+        decoder = self._decoder_for(deserializers)
+        most = self.settings.offload
+        # Without payloads there is only msgpack, which lets no other thread run, and so gains nothing in one.
+        if most is None or len(frames) == 1:
+            return decoder.resolve(frames)
+        try:
+            return decoder.resolve(frames, most)
+        except TooHeavy as heavy:
+            rest = heavy.rest
+        self._reading = self._unpacking = True
+        size = self._parser.last_size
+        try:
+            return await in_worker(rest, f"decoding a message from {self.peer_address}")
+        except trio.Cancelled:
+            if not self._closed:
+                self._ahead = self._ahead or ReadAhead(self._parser, self._decoder)
+                self._ahead.put_back(frames, size)
+                self.messages_read -= 1
+            raise
+        finally:
+            self._parser.last_size = size  # in the meantime a watch may have read on
+            self._unpacking = False
+            self._reading = self._watch is not None and self._watch.reading
+            if self.after_read is not None:
+                self.after_read()
 
     async def next_head(self, ahead: bool = False) -> tuple[object, list[Buffer] | None] | None:
         if self._reading:
@@ -213,7 +214,7 @@ class FramedComm(BaseComm):
                 self.judge()
             else:
                 watch = self._watch
-                if watch is None or not watch.reading:
+                if watch is None or not watch.reading or self._unpacking:
                     raise trio.BusyResourceError("another task is reading this comm")
                 if watch.goes_on and self._ahead is not None and self._ahead.ready:
                     self.messages_read += 1
@@ -263,7 +264,9 @@ class FramedComm(BaseComm):
         finally:
             self._reading = False
             if self._watch is not None:
-                self._watch.resume()
+                size = parser.last_size
+                self._watch.resume()  # which may look at what has come behind it
+                parser.last_size = size
             if self.after_read is not None:
                 self.after_read()
         self.messages_read += 1
@@ -297,7 +300,7 @@ class FramedComm(BaseComm):
 
     @property
     def reading(self) -> bool:
-        return self._reading and self._unjudged is None and (self._watch is None or not self._watch.reading)
+        return self._reading and self._unjudged is None and (self._watch is None or not self._watch.reading or self._unpacking)
 
     @property
     def buffered(self) -> int:
@@ -306,7 +309,7 @@ class FramedComm(BaseComm):
 
     def reserve_reading(self, reserved: bool) -> None:
         """For the watch: from now on, or no longer, it is the one that reads."""
-        self._reading = reserved
+        self._reading = reserved or self._unpacking
 
     async def wait_incoming(self) -> bool:
         """For the watch: wait until something more has come; True if it was bytes, False if the peer ended or broke the stream.
@@ -324,264 +327,11 @@ class FramedComm(BaseComm):
             return False
         return not self._ended
 
-    # -- writing ----------------------------------------------------------------------------------------------------------------
-
-    async def write(self, message: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
-        await checkpoint_if_cancelled()
-        try:
-            return await self._transmit(self._encode(message, on_error or "message", serializers), self._own_stall())
-        except trio.ClosedResourceError as error:
-            raise CommClosedError(str(error)) from error
-
-    async def send(self, value: Any) -> None:
-        await checkpoint_if_cancelled()
-        await self._transmit(self._encode(value, "message", None), self._own_stall())
-
-    def _own_stall(self) -> str:
-        return "stream_stall" if self.serving else ""
-
-    def start(self, message: Any, serializers: Sequence[str] | None = None, on_error: str | None = None) -> Unsent | None:
-        if serializers is None and on_error is None:
-            return self._start(self._encoder.encode(message))
-        return self._start(self._encode(message, on_error or "raise", serializers))
-
-    async def finish(self, unsent: Unsent, stall: str = "") -> None:
-        buffers, size, sent = unsent
-        if sent < size:
-            await self._transmit_slowly(buffers, sent, stall)
-            self.messages_written += 1
-            self.bytes_written += size
-            self._pump.unwaited += MESSAGE_WEIGHT + size
-        if self._pump.unwaited >= YIELD_BYTES:
-            self._pump.unwaited = 0
-            await cancel_shielded_checkpoint()
-
-    def _encode(self, message: Any, on_error: str, serializers: Sequence[str] | None) -> list[Buffer]:
-        if on_error == "raise" and serializers is None:
-            return self._encoder.encode(message)
-        if on_error not in ("raise", "message"):
-            raise ValueError(f"on_error={on_error!r}: must be 'message' or 'raise'")
-        if serializers is None:
-            if self._encoder_telling is None:
-                self._encoder_telling = Encoder(replace(self._encoder.ctx, on_error="message"))
-            return self._encoder_telling.encode(message)
-        return Encoder(replace(self._encoder.ctx, on_error=on_error, serializers=tuple(serializers))).encode(message)
-
-    def _start(self, frames: list[Buffer]) -> Unsent | None:
-        """Send frames as far as that needs no wait: None if that was all, else what :meth:`finish` has to do."""
-        if self._closed:
-            raise self._closed_error(nothing_sent=True)
-        if len(frames) == 1 and len(frames[0]) < JOIN_BELOW:
-            data = single_frame(frames[0])
-            size = len(data)
-            if not self._sending:
-                pump = self._pump
-                try:
-                    sent = pump.try_send(data)
-                except OSError as error:
-                    raise self._write_failed(error, nothing_sent=True) from error
-                if sent < size:
-                    return [data], size, sent
-                self.messages_written += 1
-                self.bytes_written += size
-                pump.unwaited += MESSAGE_WEIGHT + size
-                return None if pump.unwaited < YIELD_BYTES else ([], size, size)
-            return [data], size, 0
-        buffers = join_small(pack_prelude(frames), frames)
-        return buffers, sum(map(len, buffers)), 0
-
-    async def _transmit(self, frames: list[Buffer], stall: str = "") -> int:
-        before = self.bytes_written
-        unsent = self._start(frames)
-        if unsent is None:
-            return self.bytes_written - before
-        await self.finish(unsent, stall)
-        return unsent[1]
-
-    async def _transmit_slowly(self, buffers: list[Buffer], sent: int, stall: str) -> None:
-        """Send the rest of a message in turn: behind the messages of those who came before, and behind what is owed."""
-        seconds: float | None = getattr(self.settings.limits, stall) if stall else None
-        lock = self._send_lock
-        if lock is None:
-            lock = self._send_lock = trio.StrictFIFOLock()
-        if not lock.locked():
-            lock.acquire_nowait()
-        elif seconds is not None and stall == "write_stall":
-            # A reply behind what a task that its handler has left behind writes, which may wait for ever.
-            try:
-                await acquire_within(lock, seconds, self._passed)
-            except trio.TooSlowError:
-                raise self._stalled(stall, seconds) from None
-        else:
-            await lock.acquire()
-        self._sending = True
-        try:
-            if self._closed or self._broken:
-                raise self._closed_error(nothing_sent=True)
-            # A first part is only sent while nobody has the lock and nothing is owed, so nothing gets in front of its rest.
-            owed, self._owed = self._owed, []
-            pump = self._pump
-            if owed and self._items_owed:
-                stall, seconds = "stream_stall", self.settings.limits.stream_stall  # a stream's consumer may take its time
-            try:
-                if owed or buffers:
-                    await pump.send(owed + buffers, sent, seconds)
-                self._items_owed = self._items_owed and bool(self._owed)
-            except trio.ClosedResourceError:
-                self.abort()
-                raise self._closed_error() from None
-            except (OSError, trio.BrokenResourceError) as error:
-                raise self._write_failed(error, nothing_sent=not pump.partial) from error
-            except BaseException as error:
-                if seconds is not None and isinstance(error, trio.TooSlowError):
-                    raise self._stalled(stall, seconds) from None
-                if pump.partial:
-                    # A server that doesn't read is to learn of it all the same: what it works for has been cancelled.
-                    self._doom("a write was interrupted in the middle of a message", reset=not self.serving)
-                else:
-                    self._owed[:0] = owed
-                raise
-        finally:
-            lock.release()
-            self._sending = lock.locked() or bool(self._broken)
-            if self._owed and not self._sending and not self._closed:
-                self._send_owed_later()
-
-    def _passed(self) -> int:
-        return self._pump.taken
-
-    def _stalled(self, field: str, seconds: float) -> LimitExceeded:
-        error = stalled(self.peer_address, field, seconds)
-        self.give_up(error)
-        return error
-
-    def write_nowait(self, message: Any) -> bool:
-        if self._closed or self._broken:
-            raise self._closed_error(nothing_sent=True)
-        return not self._sending and self._write_now(message, 0)
-
-    def write_soon(self, message: Any) -> bool:
-        if self._closed or self._broken:
-            raise self._closed_error(nothing_sent=True)
-        return self._write_now(message, _MOST_OWED)
-
-    def push(self, head: bytes, items: int) -> int:
-        """Send an encoded message of one frame, that holds so many items of a stream; return its size.  Not a checkpoint.
-
-        What the kernel doesn't take is owed, however much it is; :meth:`settle` waits for that.
-        """
-        if self._closed or self._broken:
-            raise self._closed_error(nothing_sent=True)
-        data = single_frame(head)
-        size = len(data)
-        self._send_now(data, math.inf)
-        self._items_owed = bool(self._owed)
-        self._pump.unwaited += MESSAGE_WEIGHT * items + size
-        return size
-
-    async def settle(self, stall: str) -> None:
-        """Wait until all that is owed has been sent, and let other tasks run where that is due.
-
-        Cancellation: nothing is lost, unless a message was in its middle; then the comm is closed.
-        """
-        if self._sending:
-            await self._transmit_slowly([], 0, stall)
-        await self.finish(([], 0, 0))
-
-    def _write_now(self, message: Any, most_owed: float) -> bool:
-        """Send a message and owe what the kernel doesn't take; False if that is all of it and more than may be owed."""
-        frames = self._encoder.encode(message)
-        return self._send_now(
-            single_frame(frames[0]) if len(frames) == 1 else b"".join((pack_prelude(frames), *frames)), most_owed
-        )
-
-    def _send_now(self, data: bytes, most_owed: float) -> bool:
-        sent = 0
-        sending = self._sending
-        if not sending:
-            try:
-                sent = self._pump.try_send(data)
-            except OSError as error:
-                raise self._write_failed(error, nothing_sent=True) from error
-        if sent < len(data):
-            # The first may be the rest of a large message, which is no reason to refuse a small one.
-            if not sent and sum(map(len, self._owed[1:])) + len(data) > most_owed:
-                return False
-            self._owed.append(data[sent:])
-            if not sending:
-                self._send_owed_later()
-        self.messages_written += 1
-        self.bytes_written += len(data)
-        return True
-
-    def _send_owed_later(self) -> None:
-        # Nobody else may ever write again, and the peer may wait for what is owed.  The task ends with the comm at the latest.
-        self._sending = True
-        trio.lowlevel.spawn_system_task(self._send_owed, name=f"sending what is owed to {self.peer_address}")
-
-    async def _send_owed(self) -> None:
-        try:
-            if self._owed:
-                await self._transmit_slowly([], 0, "write_stall" if self.serving else "stream_stall")
-        except (CommClosedError, trio.ClosedResourceError):
-            pass  # it isn't owed any more
-        except Exception as error:
-            # A system task that raises would take the whole run down; whoever uses the comm next is told.
-            self._doom(f"writing to {self.peer_address} failed: {error}")
-
-    def _write_failed(self, error: BaseException, *, nothing_sent: bool) -> Exception:
-        # The peer has gone, and maybe not without a last word: the answer, or the end of a stream, that it wrote before it
-        # closed.  So the reading side stays, until that has been read or the comm is closed.
-        self._broken = self._broken or f"writing to {self.peer_address} failed: {error}"
-        self._sending = True
-        self._owed.clear()
-        return self._closed_error(nothing_sent=nothing_sent)
-
     # -- closing ----------------------------------------------------------------------------------------------------------------
 
     def _doom(self, why: str, *, reset: bool = False) -> None:
-        """Close at once because the comm can't be used any more."""
-        self._closed = self._closed or why
-        self._owed.clear()
+        super()._doom(why, reset=reset)
         self._parser.discard()  # now, and not when the cycle that it is in is collected
-        self._pump.abort(reset=reset)
-
-    def give_up(self, error: Exception) -> None:
-        self.fault = self.fault or str(error)
-        self._doom(str(error), reset=True)
-
-    def cut(self) -> None:
-        self._doom(_CLOSED_HERE, reset=True)
-
-    def _closed_error(self, *, nothing_sent: bool = False) -> Exception:
-        why = self._closed or self._broken
-        if why in ("", _CLOSED_HERE):
-            return trio.ClosedResourceError(_CLOSED_HERE)
-        error = CommClosedError(why)
-        error.nothing_sent = nothing_sent
-        return error
-
-    def abort(self) -> None:
-        self._doom(_CLOSED_HERE)
-
-    async def aclose(self) -> None:
-        if self._sending and not self._closed and not self._broken:
-            # Messages are on their way, or wait for their turn: let them out, for a while.
-            try:
-                with trio.move_on_after(self.settings.limits.linger):
-                    await self._transmit_slowly([], 0, "")
-            except (CommClosedError, trio.ClosedResourceError):
-                pass
-            except BaseException:
-                self.abort()
-                raise
-            if self._sending:
-                self.abort()
-        if self._closed:
-            await trio.lowlevel.checkpoint()
-            return
-        self._closed = _CLOSED_HERE
-        await self._pump.close_within(self.settings.limits.linger)
 
     def closed(self) -> bool:
         return bool(self._closed) or self._ended or bool(self._broken)
@@ -595,6 +345,3 @@ class FramedComm(BaseComm):
         if self._closed or self.extension is None or (self._reading and self._unjudged is None):
             return False
         return find_goodbye(self._parser, self._pump, self._decoder) < before
-
-
-_CLOSED_HERE = "this comm was closed here"

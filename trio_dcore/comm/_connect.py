@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import trio
 
 from .._security import Security
-from ..abc import Comm, CommSettings
+from ..abc import OFFLOAD, Comm, CommSettings
 from ..errors import AddressError, CommClosedError, ConnectError, LimitExceeded, LocalProtocolError, RemoteProtocolError
 from ..protocol._limits import Limits
-from ._addressing import coerce_to_address, parse_address
+from ._addressing import AddressLike, coerce_to_address, parse_address
 from ._base import BaseComm
 from ._registry import get_transport
 
@@ -23,7 +23,7 @@ _FIRST_PAUSE = 0.01
 
 
 async def connect(
-    address: str,
+    address: AddressLike,
     *,
     security: Security | None = None,
     limits: Limits | None = None,
@@ -31,17 +31,23 @@ async def connect(
     timeout: float | None = 30.0,
     serializers: Sequence[str] | None = None,
     deserializers: Sequence[str] | None = None,
+    compression: str | None = None,
+    offload: int | None = OFFLOAD,
 ) -> Comm:
     """Connect to an address and exchange handshakes.
 
     Args:
-        address: e.g. ``"tcp://127.0.0.1:8786"``; without a scheme it is ``tcp://``.
+        address: e.g. ``"tcp://127.0.0.1:8786"``; without a scheme it is ``tcp://``.  Also ``(host, port)``.
         security: whom to trust, and what ``tls://`` uses; the default trusts this process and those of this user on this machine.
         limits: what is accepted of the peer.
         deserialize: False leaves ``Serialize`` payloads as ``Serialized`` objects, to be passed on unchanged.
         timeout: seconds for connecting *and* the handshake, all attempts together; None for ever.
         serializers: families for ``Serialize`` payloads, in order of preference; default ``("dask", "pickle")``.
         deserializers: families accepted in ``Serialize`` payloads; default all.
+        compression: of the payloads that we send.  None is none.  The name of a codec ("lz4", "snappy", "zlib", "zstd") means that one,
+            wherever the peer is and whatever it would like, since every receiver obeys what the payload says.  "auto" is Dask's
+            rule: lz4, or else snappy, if it is installed at both ends and both ask for it, and never on one host.
+        offload: bytes of work from which on a message is encoded or decoded in a worker thread; None is never.
 
     An attempt that fails is repeated after a random pause of up to 10 ms · 2^k until the time is up (as
     ``distributed.comm.core.connect``).  A handshake that fails or takes longer than ``Limits.handshake_timeout`` is not repeated.
@@ -53,7 +59,9 @@ async def connect(
         AddressError: the address is no address.
         LocalProtocolError: the address and the settings contradict each other.
     """
-    settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
+    settings = CommSettings.of(
+        security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload
+    )
     return await connect_with(coerce_to_address(address), settings, timeout)
 
 

@@ -24,6 +24,7 @@ from ..errors import CommClosedError
 from ..protocol._batches import array_header
 from ..protocol._context import Buffer
 from ..protocol._envelope import ITEM, ITEMS
+from ..protocol._errors import TooHeavy
 from ._base import BaseComm
 from ._comm import FramedComm
 from ._substream import Substream
@@ -107,7 +108,12 @@ class Gatherer:
                 await stream.send(value)
                 self._last = perf_counter()
                 return
-        frames = self._comm._encoder.encode(value)
+        try:
+            frames = self._comm._encoder.encode(value)
+        except TooHeavy:
+            await self._stream.send(value)  # which has it encoded elsewhere
+            self._last = perf_counter()
+            return
         head = frames[0]
         size = len(head)
         if len(frames) > 1 or size > _SMALL:

@@ -9,21 +9,26 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from ..abc import CommSettings
+from ..protocol._compression import AUTO, default_codec
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
 from ..protocol._handshake import PING_PATIENCE, Negotiated, local_handshake, negotiate
 from ..protocol._limits import Limits
 from ..protocol._messages import Decoder, Encoder
+from ._addressing import get_address_host
+from ._base import BaseComm
 
 if TYPE_CHECKING:
     from ._comm import FramedComm
 
-__all__ = ["GREETING_DECODER", "GREETING_ENCODER", "JudgingEncoder", "conclude", "greeting"]
+__all__ = ["GREETING_DECODER", "GREETING_ENCODER", "JudgingEncoder", "conclude", "greeting", "offered_codec"]
+
+_ONE_HOST = frozenset({"inproc", "unix", "loopback", "memory"})
 
 # Bytes of a peer's handshake that is worth remembering; ours has some 150.
 _USUAL = 512
 
-# What we say: items and bytes of the window, whether the comm is a pool's, and the seconds for a ping.
-_Saying = tuple[int, int, bool, float | None]
+# What we say: items and bytes of the window, whether the comm is a pool's, the seconds for a ping, and the codec.
+_Saying = tuple[int, int, bool, float | None, str | None]
 
 
 def _no() -> bool:
@@ -46,24 +51,44 @@ _DECODER = Decoder(DecodeContext(allow_pickle=_no))
 GREETING_DECODER: Decoder = _Undecoded(DecodeContext(allow_pickle=_no))
 
 
-def greeting(settings: CommSettings) -> list[Buffer]:
-    """The frames of our handshake, which the caller doesn't change."""
-    return _made(_saying(settings))[1]
+def offered_codec(comm: BaseComm) -> str | None:
+    """The codec that our handshake names: Dask's choice, none where both ends are on one host, unless one was asked for by name."""
+    codec = comm.settings.compression
+    if codec != AUTO:
+        return codec
+    if comm.peer.kind in _ONE_HOST or get_address_host(comm.local_address) == get_address_host(comm.peer_address):
+        return None
+    return default_codec()
 
 
-def conclude(settings: CommSettings, frame0: bytes) -> Negotiated:
+def greeting(settings: CommSettings, codec: str | None = None) -> list[Buffer]:
+    """The frames of our handshake, which the caller doesn't change.
+
+    Args:
+        settings: those of the comm.
+        codec: what it names.
+    """
+    return _made(_saying(settings, codec))[1]
+
+
+def conclude(settings: CommSettings, frame0: bytes, codec: str | None = None) -> Negotiated:
     """What we make of a peer's handshake.
+
+    Args:
+        settings: those of the comm.
+        frame0: the peer's.
+        codec: what our handshake names.
 
     Raises:
         RemoteProtocolError: it is none.
     """
-    saying = _saying(settings)
+    saying = _saying(settings, codec)
     return _remembered(saying, frame0) if len(frame0) <= _USUAL else _concluded(saying, frame0)
 
 
-def _saying(settings: CommSettings) -> _Saying:
+def _saying(settings: CommSettings, codec: str | None) -> _Saying:
     limits = settings.limits
-    return limits.window, limits.window_bytes, settings.pooled, _haste(limits) if settings.pooled else None
+    return limits.window, limits.window_bytes, settings.pooled, _haste(limits) if settings.pooled else None, codec
 
 
 def _haste(limits: Limits) -> float | None:
@@ -76,8 +101,8 @@ def _haste(limits: Limits) -> float | None:
 
 @functools.lru_cache(maxsize=16)
 def _made(saying: _Saying) -> tuple[dict[str, Any], list[Buffer]]:
-    window, window_bytes, pooled, ping = saying
-    local = local_handshake(compression=None, window=(window, window_bytes), pooled=pooled, ping=ping)
+    window, window_bytes, pooled, ping, codec = saying
+    local = local_handshake(compression=codec, window=(window, window_bytes), pooled=pooled, ping=ping)
     return local, GREETING_ENCODER.encode(local)
 
 

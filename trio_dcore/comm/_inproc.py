@@ -199,12 +199,12 @@ class InprocComm(BaseComm):
 
     def start(self, message: Any, serializers: Sequence[str] | None = None, on_error: str | None = None) -> Unsent | None:
         if not self.write_nowait(message):
-            return [message], 1, 0
+            return Unsent([message], 1, 0)
         self._unwaited += 1
-        return None if self._unwaited < _YIELD_MESSAGES else ([], 1, 1)
+        return None if self._unwaited < _YIELD_MESSAGES else Unsent([], 1, 1)
 
     async def finish(self, unsent: Unsent, stall: str = "") -> None:
-        (messages, _, _) = unsent
+        messages = unsent.buffers
         if messages:
             seconds: float | None = getattr(self.settings.limits, stall) if stall else None
             try:

@@ -16,7 +16,7 @@ from typing import Any
 from ..abc import Comm
 from ..protocol._batches import Batch
 from ..protocol._encoding import Encoder
-from ._base import BaseComm
+from ._base import BaseComm, Unsent
 from ._comm import FramedComm
 from ._substream_comm import SubstreamComm
 
@@ -41,7 +41,7 @@ class Outbox:
         count: messages that were put in and not written yet.
     """
 
-    __slots__ = ("_encoder", "_framed", "_hung_up", "_keep", "_serializers", "_waiting", "_writing", "comm", "count")
+    __slots__ = ("_encoder", "_framed", "_hung_up", "_keep", "_serializers", "_unsent", "_waiting", "_writing", "comm", "count")
 
     def __init__(self, comm: Comm, serializers: tuple[str, ...] | None) -> None:
         self.comm = comm
@@ -53,6 +53,7 @@ class Outbox:
         self._hung_up = _hang_up_probe(comm)
         self._waiting: deque[_Messages] = deque()  # only to the last something is added
         self._writing: _Messages | None = None
+        self._unsent: Unsent | None = None  # what the system has not taken at once of the batch that is being written
 
     def __len__(self) -> int:
         """How many batches wait."""
@@ -124,12 +125,9 @@ class Outbox:
         :attr:`maybe_sent`.
         """
         batch = self._writing = self._waiting.popleft()
+        self._unsent = None
         try:
-            comm = self._framed
-            if comm is None:
-                size = await self.comm.write(list(batch.objects), on_error="raise", serializers=self._serializers)
-            else:
-                size = await comm._transmit(batch.encoded.frames(), comm._own_stall())
+            size = await self._write(batch)
         except BaseException as error:
             if self._nothing_sent(error):
                 self._waiting.appendleft(batch)
@@ -140,10 +138,28 @@ class Outbox:
         self.count -= count
         return count, size
 
+    async def _write(self, batch: _Messages) -> int:
+        framed = self._framed
+        if framed is not None:
+            before = framed.bytes_written
+            unsent = self._unsent = framed._start(batch.encoded.frames())
+            if unsent is None:
+                return framed.bytes_written - before
+            await framed.finish(unsent, framed._own_stall())
+            return unsent.size
+        messages = list(batch.objects)
+        if isinstance(self.comm, SubstreamComm):
+            return await self.comm.write_batch(messages, self._serializers, self._note)
+        return await self.comm.write(messages, on_error="raise", serializers=self._serializers)
+
+    def _note(self, unsent: Unsent | None) -> None:
+        self._unsent = unsent
+
     def _nothing_sent(self, error: BaseException) -> bool:
-        if getattr(error, "nothing_sent", False) or not self.comm.closed():
-            return True  # what is interrupted in its middle closes the comm
-        return isinstance(self.comm, BaseComm) and self.comm.by_reference  # a message is passed whole, or not at all
+        if isinstance(self.comm, (BaseComm, SubstreamComm)):
+            # It failed before the first of its bytes; or, by reference, where a message is passed whole or not at all.
+            return self._unsent is None or not self._unsent.begun
+        return getattr(error, "nothing_sent", False) or not self.comm.closed()  # what is interrupted in its middle closes a comm
 
 
 def _encoder_for(comm: Comm, serializers: tuple[str, ...] | None) -> Encoder | None:
@@ -152,7 +168,8 @@ def _encoder_for(comm: Comm, serializers: tuple[str, ...] | None) -> Encoder | N
     if not isinstance(below, FramedComm):
         return None
     context = below._encoder.ctx
-    return Encoder(context if serializers is None else replace(context, serializers=serializers))
+    # No thread does it: whoever puts in a message that can't be sent is to be told at once.
+    return Encoder(replace(context, offload=None, serializers=context.serializers if serializers is None else serializers))
 
 
 def _hang_up_probe(comm: Comm) -> Callable[[int], object] | None:

@@ -149,7 +149,7 @@ def untaken(sock: socket.socket) -> int:
     return found
 
 
-async def acquire_within(lock: trio.StrictFIFOLock, seconds: float, passed: Callable[[], int]) -> None:
+async def acquire_within(lock: trio.StrictFIFOLock, seconds: float, passed: Callable[[], float]) -> None:
     """Acquire a lock that those hold who write before us.
 
     Args:

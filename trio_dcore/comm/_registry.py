@@ -8,13 +8,24 @@ from __future__ import annotations
 from ..abc import Transport
 from ..errors import AddressError, LocalProtocolError
 
-__all__ = ["find_transport", "get_transport", "register_transport", "registered_schemes"]
+__all__ = ["ENTRY_POINTS", "find_transport", "get_transport", "register_transport", "registered_schemes"]
+
+#: The group of entry points by which installed packages bring schemes: its names are schemes, what they lead to is called without
+#: arguments for the transport (as ``distributed.comm.backends`` has it).
+ENTRY_POINTS = "trio_dcore.transports"
 
 _transports: dict[str, Transport] = {}
+# Schemes that no installed package has: to look costs milliseconds.
+_unknown: set[str] = set()
+# So many are remembered; who asks for more of them looks each time.
+_MOST_UNKNOWN = 1000
 
 
 def register_transport(transport: Transport, *, replace: bool = False) -> None:
     """Make ``transport.scheme://`` addresses usable in this process: in ``connect``, ``rpc``, pools and ``Server.listen``.
+
+    A package can do without this call: an entry point ``pigeon = "my_package:PigeonTransport"`` in the group
+    ``trio_dcore.transports`` brings the scheme where it is installed, and is loaded when the first ``pigeon://`` address is used.
 
     Args:
         transport: serves connects and listens of its scheme.
@@ -36,12 +47,13 @@ def register_transport(transport: Transport, *, replace: bool = False) -> None:
 
 def find_transport(scheme: str) -> Transport | None:
     """The transport for a scheme, or None where there is none."""
-    return _transports.get(scheme)
+    transport = _transports.get(scheme)
+    return _installed(scheme) if transport is None and scheme not in _unknown else transport
 
 
 def get_transport(scheme: str) -> Transport:
     """The transport for a scheme; AddressError names the known ones where there is none."""
-    transport = _transports.get(scheme)
+    transport = find_transport(scheme)
     if transport is None:
         known = ", ".join(f"{name}://" for name in sorted(_transports))
         raise AddressError(f"unknown scheme {scheme!r}; known are {known}")
@@ -51,3 +63,18 @@ def get_transport(scheme: str) -> Transport:
 def registered_schemes() -> tuple[str, ...]:
     """The schemes that have a transport, in the order in which they got it."""
     return tuple(_transports)
+
+
+def _installed(scheme: str) -> Transport | None:
+    """The transport that an installed package has for a scheme, registered from now on."""
+    from importlib.metadata import entry_points  # slow to import, and hardly ever needed
+
+    for entry_point in entry_points(group=ENTRY_POINTS, name=scheme):
+        transport = entry_point.load()()
+        if getattr(transport, "scheme", None) != scheme:
+            raise LocalProtocolError(f"the entry point {entry_point.value!r} is for {scheme}://, and gave {transport!r}")
+        register_transport(transport)
+        return _transports[scheme]
+    if len(_unknown) < _MOST_UNKNOWN:
+        _unknown.add(scheme)
+    return None

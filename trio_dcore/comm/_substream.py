@@ -36,7 +36,7 @@ from ..protocol._envelope import (
     parse_credit,
     parse_envelope,
 )
-from ._base import BaseComm, Unsent
+from ._base import BaseComm, Unmade, Unsent
 from ._comm import FramedComm
 from ._pace import stalled
 
@@ -44,6 +44,10 @@ __all__ = ["Substream"]
 
 # Items that came in one message with others let other tasks run after so many, as messages do (architecture document, section 3.2).
 _YIELD_ITEMS = 16
+# Messages behind which credit may have come in time, when this process had none to look; who sends more of them is stalling.
+_MOST_LATE = 64
+# Of a very large window credit comes back before half of it is used: a grant may not be larger than twice this.
+_MOST_GRANTED = 2**39
 # Seconds that a task gets to let go of the comm: it only has to have its turn.
 _LET_GO = 10.0
 
@@ -85,6 +89,7 @@ class Substream:
         "_freed",
         "_half_close",
         "_half_items",
+        "_half_size",
         "_inbox",
         "_on_end",
         "_on_map",
@@ -142,7 +147,8 @@ class Substream:
         self._failure: Exception | None = None
         self._outstanding_items = self._outstanding_size = 0  # received, credit not yet given back
         self._used_items = self._used_size = 0  # of these, taken by our user
-        self._half_items = (window.items + 1) // 2
+        self._half_items = min((window.items + 1) // 2, _MOST_GRANTED)
+        self._half_size = min((window.size + 1) // 2, _MOST_GRANTED)
         self._taken = 0  # items, since the beginning
         self._check_at = math.inf  # when so many are taken there is credit to account for
         self._unyielded = 0
@@ -233,6 +239,8 @@ class Substream:
                 if self._ended:
                     raise trio.EndOfChannel
                 await self._read_one()
+                if not self._inbox and not self._ended:
+                    await checkpoint_if_cancelled()  # a read that need not wait delivers no cancellation, and more may be here
         finally:
             self._receiving = False
 
@@ -243,8 +251,7 @@ class Substream:
         while ends and ends[0][0] <= taken:
             self._used_size += ends.popleft()[1]
         used = self._used_items = self._outstanding_items - len(self._inbox)
-        window = self._window
-        if not self._ended and (used >= self._half_items or 2 * self._used_size >= window.size):
+        if not self._ended and (used >= self._half_items or self._used_size >= self._half_size):
             self._grant()
         self._check_later()
 
@@ -264,13 +271,21 @@ class Substream:
             self._outstanding_size -= self._used_size
             self._used_items = self._used_size = 0
 
-    async def send(self, value: Any, *, on_error: str | None = None, serializers: Sequence[str] | None = None) -> int:
+    async def send(
+        self,
+        value: Any,
+        *,
+        on_error: str | None = None,
+        serializers: Sequence[str] | None = None,
+        on_start: Callable[[Unsent | None], None] | None = None,
+    ) -> int:
         """Send an item, waiting for credit; returns its size in bytes.
 
         Args:
             value: the item.
             on_error: as for :meth:`Comm.write`; None is "raise".
             serializers: likewise.
+            on_start: called, synchronously, when there was credit, with what is left to do for the item.
 
         Cancellation: delivered before the first byte, or it closes the comm.
 
@@ -280,7 +295,14 @@ class Substream:
             SerializationError, UnsafePayload: the item can't be sent; the stream is as it was.
         """
         comm = self._comm
-        return await self._send(lambda: comm.start((ITEM, self.id, value), serializers, on_error))
+
+        def start() -> Unsent | None:
+            unsent = comm.start((ITEM, self.id, value), serializers, on_error)
+            if on_start is not None:
+                on_start(unsent)
+            return unsent
+
+        return await self._send(start)
 
     async def send_encoded(self, frames: list[Buffer]) -> int:
         """:meth:`send` an item, given the frames of its envelope."""
@@ -308,7 +330,7 @@ class Substream:
             if comm.by_reference:  # there, only items are counted
                 size = 1
             else:
-                size = comm.bytes_written - before if unsent is None else unsent[1]
+                size = comm.bytes_written - before if unsent is None else unsent.size
                 self.credit_size -= size
         finally:
             self._end_sending()
@@ -354,19 +376,24 @@ class Substream:
         """Wait until there is enough, or no use for it; any credit is progress, and nothing else that comes."""
         seconds = self._comm.settings.limits.stream_stall
         due = math.inf if seconds is None else trio.current_time() + seconds
+        late = 0
         while not (self._has_credit or self._deaf):
+            await checkpoint_if_cancelled()  # as in _wait_for_item
             if seconds is None:
                 await self._read_one()
                 continue
             before = self.credit_items, self.credit_size
             with trio.CancelScope(deadline=due) as scope:
                 await self._read_one()
-            if scope.cancelled_caught:
+            if before != (self.credit_items, self.credit_size):
+                due = trio.current_time() + seconds
+                late = 0
+            elif trio.current_time() >= due:
+                late += 1
+            if scope.cancelled_caught or late > _MOST_LATE:
                 error = stalled(self._comm.peer_address, "stream_stall", seconds)
                 self._comm.give_up(error)
                 raise error
-            if before != (self.credit_items, self.credit_size):
-                due = trio.current_time() + seconds
 
     async def send_end(self) -> None:
         """Say that nothing more comes from this side, behind the items that are being sent."""
@@ -384,14 +411,14 @@ class Substream:
 
     async def _finish(self, unsent: Unsent, stall: str) -> None:
         """Send the rest of a message, and read until it is sent."""
-        _, size, sent = unsent
-        if sent == size or self._deaf:  # then it is for the peer to read
+        if (unsent.sent == unsent.size and type(unsent) is not Unmade) or self._deaf:  # then it is for the peer to read
             await self._comm.finish(unsent, stall)
         else:
             await _while_reading(lambda: self._comm.finish(unsent, stall), self._read_ahead)
 
     async def _read_ahead(self) -> None:
         while not self._deaf:  # behind that may stand what belongs to another request
+            await checkpoint_if_cancelled()  # as in _wait_for_item
             await self._read_one(ahead=True)
 
     async def _begin_sending(self) -> None:
@@ -419,12 +446,20 @@ class Substream:
         try:
             if self._owner is None or current_task() is self._owner:
                 found = await self._comm.next_head(ahead)
+                if found is not None:
+                    message, frames = found
+                    if frames is not None:
+                        message = await self._resolve(message, frames)
             else:
                 # It may outlive the request, and must then let go of the comm at once, wherever it is.
                 with trio.CancelScope() as stray:
                     self._strays.add(stray)
                     try:
                         found = await self._comm.next_head(ahead=True)
+                        if found is not None:
+                            message, frames = found
+                            if frames is not None:
+                                message = await self._resolve(message, frames)
                     finally:
                         self._strays.discard(stray)
                         if self._detached and not self._strays:
@@ -433,8 +468,6 @@ class Substream:
                     return
             if found is None:
                 raise CommClosedError(f"{self._comm.peer_address} closed the comm in the middle of a stream")
-            head, frames = found
-            message = head if frames is None else self._resolve(head, frames)
             if type(message) is dict and self._on_map is not None:
                 self._failure = self._on_map(message)
                 self._ended = self._deaf = True
@@ -447,10 +480,10 @@ class Substream:
             self._reading = False
             self._turn.unpark_all()
 
-    def _resolve(self, head: object, frames: list[Buffer]) -> object:
+    async def _resolve(self, head: object, frames: list[Buffer]) -> object:
         """The message with its payloads; one that can't be read is an error for whoever takes it, not for whoever finds it."""
         try:
-            return self._comm.resolve(frames)
+            return await self._comm.unpack(frames)
         except (SerializationError, UnsafePayload, TypeError) as error:
             if type(head) is dict:
                 raise

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trio
 
 from ..abc import Comm, Peer
 from ..errors import CommClosedError, LocalProtocolError
-from ._base import BaseComm
+from ._base import BaseComm, Unsent
 from ._substream import Substream
 
 __all__ = ["SubstreamComm"]
@@ -43,11 +43,26 @@ class SubstreamComm(Comm):
     async def send(self, value: Any) -> None:
         await self._write(value, None, None)
 
-    async def _write(self, message: Any, on_error: str | None, serializers: Sequence[str] | None) -> int:
+    async def write_batch(
+        self, messages: list[Any], serializers: Sequence[str] | None, on_start: Callable[[Unsent | None], None]
+    ) -> int:
+        """:meth:`write` for a BatchedSend; ``on_start`` as for :meth:`Substream.send`."""
+        try:
+            return await self._write(messages, "raise", serializers, on_start)
+        except trio.ClosedResourceError as error:
+            raise CommClosedError(str(error)) from error
+
+    async def _write(
+        self,
+        message: Any,
+        on_error: str | None,
+        serializers: Sequence[str] | None,
+        on_start: Callable[[Unsent | None], None] | None = None,
+    ) -> int:
         self._check_open()
         if self._refusal:
             raise LocalProtocolError(self._refusal)
-        return await self._substream.send(message, on_error=on_error or "message", serializers=serializers)
+        return await self._substream.send(message, on_error=on_error or "message", serializers=serializers, on_start=on_start)
 
     async def read(self) -> Any:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 
 if TYPE_CHECKING:
     from ._comm import FramedComm
@@ -95,6 +96,7 @@ class EndWatch:
                         break
                     if not self._has_room():
                         break
+                    await checkpoint_if_cancelled()  # a read that need not wait delivers no cancellation
         except trio.ClosedResourceError:
             self._on_end = None  # closed here: there is nothing to watch
         finally:

@@ -6,6 +6,7 @@ used, and is tested, without any of them.  numpy, the compressors and cloudpickl
 
 from __future__ import annotations
 
+from ._bytes import deserialize_bytes, serialize_bytelist, serialize_bytes
 from ._context import Buffer, DecodeContext, EncodeContext
 from ._errors import (
     DcoreError,
@@ -24,6 +25,7 @@ from ._errors import (
 )
 from ._families import deserialize, open_serialized, register_serialization, serialize
 from ._frames import FrameParser, pack_prelude
+from ._generic import register_generic
 from ._handshake import Extension, Negotiated, local_handshake, negotiate
 from ._limits import GiB, KiB, Limits, MiB
 from ._messages import Decoder, Encoder, dumps, loads
@@ -61,6 +63,7 @@ __all__ = [
     "UnknownOp",
     "UnsafePayload",
     "deserialize",
+    "deserialize_bytes",
     "dumps",
     "error_reply",
     "error_value",
@@ -71,7 +74,10 @@ __all__ = [
     "negotiate",
     "open_serialized",
     "pack_prelude",
+    "register_generic",
     "register_serialization",
     "serialize",
+    "serialize_bytelist",
+    "serialize_bytes",
     "to_serialize",
 ]

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from ._buffers import flat, nbytes
 from ._context import Buffer
-from ._errors import DcoreError, LimitExceeded, LocalProtocolError, RemoteProtocolError, SerializationError
+from ._errors import DcoreError, LimitExceeded, LocalProtocolError, RemoteProtocolError, SerializationError, TooHeavy
 
-__all__ = ["CODECS", "Budget", "codec_available", "compress_payload", "decompress", "maybe_compress"]
+__all__ = [
+    "AUTO",
+    "CODECS",
+    "Budget",
+    "check_codec",
+    "codec_available",
+    "compress_payload",
+    "decompress",
+    "default_codec",
+    "maybe_compress",
+]
 
 # Dask's numbers (distributed.protocol.compression.maybe_compress).
 _MIN_SIZE = 10_000
 _MAX_SIZE = 2**31
-_SAMPLE_SIZE = 10_000
+_SAMPLE_SIZE = 10_000  # of each
 _SAMPLES = 5
 _MIN_RATIO = 0.7
 
@@ -46,6 +57,9 @@ _MODULES = {
 #: Codecs whose names may stand in a header.
 CODECS = ("lz4", "snappy", "zlib", "zstd")
 
+#: As a setting: a codec that both ends have, towards other machines (``distributed.comm.compression: auto``).
+AUTO = "auto"
+
 
 class Budget:
     """How many bytes a message may still grow to.
@@ -55,12 +69,14 @@ class Budget:
     Args:
         limit: asked when the first compressed frame turns up: bytes a message may have after decompression, or None.
         used: bytes the message has as it came.
+        most: bytes that it may become here; what becomes more is TooHeavy.  None is any number.
     """
 
-    __slots__ = ("_asked", "_limit", "_value", "used")
+    __slots__ = ("_asked", "_limit", "_value", "most", "used")
 
-    def __init__(self, limit: Callable[[], int | None], used: int = 0) -> None:
+    def __init__(self, limit: Callable[[], int | None], used: int = 0, most: int | None = None) -> None:
         self._limit = limit
+        self.most = most
         self._asked = False
         self._value: int | None = None
         self.used = used
@@ -77,15 +93,25 @@ class Budget:
     def grow(self, replacing: int, size: int) -> None:
         """Note that ``replacing`` bytes are to become ``size``; to be called before they do.
 
+        Raises: as :meth:`check`.
+        """
+        self.check(replacing, size)
+        self.used += size - replacing
+
+    def check(self, replacing: int, size: int) -> None:
+        """Whether ``replacing`` bytes may become so many, or more.
+
         Raises:
             LimitExceeded: that is too many.
+            TooHeavy: that is too many to be made here.
         """
         room = self.room(replacing)
         if room is not None and size > room:
-            raise self.exceeded(replacing, size)
-        self.used += size - replacing
+            raise self._exceeded(replacing, size)
+        if self.most is not None and self.used - replacing + size > self.most:
+            raise TooHeavy
 
-    def exceeded(self, replacing: int, size: int) -> LimitExceeded:
+    def _exceeded(self, replacing: int, size: int) -> LimitExceeded:
         """The error for growing beyond the limit."""
         seen = self.used - replacing + size
         return LimitExceeded(
@@ -95,6 +121,28 @@ class Budget:
             value=self._value,
             seen=seen,
         )
+
+
+def check_codec(codec: str | None) -> str | None:
+    """Return what a ``compression=`` was given, if it is a setting that can be had here.
+
+    Raises:
+        ValueError: it is no setting, or the package for it is not installed.
+    """
+    if codec is None or codec == AUTO:
+        return codec
+    if not isinstance(codec, str) or codec not in CODECS:
+        raise ValueError(f"compression={codec!r}: must be one of {', '.join(CODECS)}, {AUTO!r}, or None")
+    if not codec_available(codec):
+        package = _MODULES[codec][1]
+        raise ValueError(f"compression={codec!r} needs the package {package!r}: pip install {package}")
+    return codec
+
+
+@cache
+def default_codec() -> str | None:
+    """What ``auto`` stands for here: lz4 if it is installed, else snappy, else none (Dask's choice)."""
+    return next(filter(codec_available, ("lz4", "snappy")), None)
 
 
 def codec_available(codec: str) -> bool:
@@ -139,8 +187,8 @@ def _compressor(codec: str) -> Callable[[Buffer], bytes]:
 def maybe_compress(payload: Buffer, codec: str) -> tuple[str | None, Buffer]:
     """Compress a payload frame if that pays: a sample of it, then all of it, must shrink to 0.7.
 
-    Dask's rule, except that the five places sampled are spread evenly, not at random, so that the same payload always gives the
-    same bytes.
+    Dask's rule, except that the five places sampled, of 10 000 bytes each, are spread evenly, not at random, so that the same
+    payload always gives the same bytes.
 
     Returns:
         The codec and the compressed bytes, or None and the payload itself.
@@ -150,7 +198,7 @@ def maybe_compress(payload: Buffer, codec: str) -> tuple[str | None, Buffer]:
     if not _MIN_SIZE <= size <= _MAX_SIZE:
         return None, payload
     view = memoryview(flat(payload))
-    each = _SAMPLE_SIZE // _SAMPLES
+    each = min(_SAMPLE_SIZE, size // _SAMPLES)  # they don't overlap
     starts = [(size - each) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
     sample = b"".join(view[start : start + each] for start in starts)
     if len(compress(sample)) > _MIN_RATIO * len(sample):
@@ -193,6 +241,7 @@ def decompress(codec: object, frame: Buffer, budget: Budget) -> Buffer:
     Raises:
         SerializationError: the codec is not known here.
         LimitExceeded: the message would be too large; nothing was allocated for it.
+        TooHeavy: it would be too large to be made here.
         RemoteProtocolError: the data is not what the codec makes.
     """
     if codec is None or codec is False:
@@ -222,7 +271,6 @@ def _claim(size: int, frame: Buffer, ratio: int, budget: Budget) -> None:
 
 def _zlib(module: Any, frame: Buffer, budget: Budget) -> Buffer:
     given = nbytes(frame)
-    room = budget.room(given)
     decompressor = zlib.decompressobj()
     view = memoryview(frame)
     out = bytearray()
@@ -231,8 +279,7 @@ def _zlib(module: Any, frame: Buffer, budget: Budget) -> Buffer:
         piece: Any = view[start : start + _ZLIB_STEP]
         while piece:
             out += decompressor.decompress(piece, _ZLIB_PIECE)
-            if room is not None and len(out) > room:
-                raise budget.exceeded(given, len(out))
+            budget.check(given, len(out))
             piece = decompressor.unconsumed_tail
         if decompressor.eof:
             if start + _ZLIB_STEP < given or decompressor.unused_data:
@@ -270,14 +317,12 @@ def _zstd(module: Any, frame: Buffer, budget: Budget) -> Buffer:
         _claim(size, frame, _ZSTD_RATIO, budget)
         return module.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     given = nbytes(frame)
-    room = budget.room(given)
     decompressor = module.ZstdDecompressor().decompressobj()
     view = memoryview(frame)
     out = bytearray()
     for start in range(0, given, _ZSTD_STEP):
         out += decompressor.decompress(view[start : start + _ZSTD_STEP])
-        if room is not None and len(out) > room:
-            raise budget.exceeded(given, len(out))
+        budget.check(given, len(out))
         if decompressor.eof:
             if start + _ZSTD_STEP < given or decompressor.unused_data:
                 raise RemoteProtocolError("a payload frame has bytes behind its zstd data")

@@ -38,6 +38,8 @@ class EncodeContext:
         shard: size in bytes at which ``Serialize`` payload frames are split; None never splits.
         on_error: what an unserialisable ``Serialize`` payload does: "raise" SerializationError, or "message": send the *error*
             family, which makes the receiver raise TypeError (Dask's ``on_error``).
+        offload: bytes of work that one message may take; for one that takes more, encoding raises TooHeavy, before it does any of it
+            that is worth a mention.  None is any number.
         forward_untrusted: pass on ``Serialized`` and ``Pickled`` payloads that came from an untrusted peer, also those that take
             a pickle to read; what ``Security(pickle="always")`` means for a sender (security document, section 1).
     """
@@ -50,6 +52,7 @@ class EncodeContext:
     extensions: bool = False
     shard: int | None = SHARD
     on_error: str = "raise"
+    offload: int | None = None
     forward_untrusted: bool = False
 
 

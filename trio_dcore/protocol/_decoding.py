@@ -18,9 +18,9 @@ from ._collisions import Keys
 from ._compression import Budget
 from ._context import Buffer, DecodeContext
 from ._enums import enum_member
-from ._errors import DcoreError, LimitExceeded, RemoteProtocolError, SerializationError, UnsafePayload
+from ._errors import DcoreError, LimitExceeded, RemoteProtocolError, SerializationError, TooHeavy, UnsafePayload
 from ._extensions import DICT, FROZENSET, Tag, TagSeen, decode_ext, untag
-from ._families import deserialize, unpickle_parts
+from ._families import deserialize, reading_work, unpickle_parts
 from ._markers import ENUM, PICKLED, RESERVED, SERIALIZED, SET, at, find_path
 from ._types import Serialized
 
@@ -76,12 +76,18 @@ class Decoder:
         """
         return len(frames) != 1 or _TWO_UNDERSCORES.search(frames[0]) is not None
 
-    def resolve(self, frames: Sequence[Buffer]) -> Any:
+    def resolve(self, frames: Sequence[Buffer], most: int | None = None) -> Any:
         """Decode a whole message, payloads included.
 
         Frames that nothing in the message refers to are ignored, as Dask does.
 
+        Args:
+            frames: of the message; not changed.
+            most: bytes of work that it may take: of pickles, of what users' functions read, of pieces to be joined, and of all of
+                a message that is compressed.  None is any number.
+
         Raises:
+            TooHeavy: it takes more; its ``rest`` decodes the message, and no payload a second time.
             RemoteProtocolError: it is no valid message, or names something that may not be looked up here.
             UnsafePayload: it holds a pickle, and this peer is not trusted; ``field`` says where it stands.
             LimitExceeded: it is larger than allowed when decompressed, or a header frame is larger than allowed.
@@ -90,9 +96,14 @@ class Decoder:
         """
         if not frames:
             raise RemoteProtocolError("a message without frames")
-        resolution = _Resolution(frames, self._ctx, self._extensions)
+        return self._finish(_Resolution(frames, self._ctx, self._extensions, most))
+
+    def _finish(self, resolution: _Resolution) -> Any:
         try:
-            return resolution.read(frames[0])
+            return resolution.message()
+        except TooHeavy as exc:
+            exc.rest = partial(self._finish, resolution.again())
+            raise
         except UnsafePayload as exc:
             path = resolution.path() + exc.field
             why = self._ctx.why()
@@ -174,13 +185,31 @@ class _Reader:
 class _Resolution(_Reader):
     """Replaces markers by what they stand for."""
 
-    def __init__(self, frames: Sequence[Buffer], ctx: DecodeContext, extensions: bool) -> None:
+    def __init__(self, frames: Sequence[Buffer], ctx: DecodeContext, extensions: bool, most: int | None = None) -> None:
         super().__init__(extensions)
         self._frames = frames
         self._ctx = ctx
         self._taken = bytearray(len(frames))
         self._budget: Budget | None = None
         self._at = "", 0
+        self._size = size = sum(map(nbytes, frames))
+        self._most = most
+        self._counts_work = most is not None and size > most
+        self._work = 0
+        self._done: dict[int, Any] = {}  # what has been deserialized, by the frame of its header
+
+    def message(self) -> Any:
+        """The message."""
+        return self.read(self._frames[0])
+
+    def again(self) -> _Resolution:
+        """The same from the beginning, for whoever has all the time; what has been deserialized is kept."""
+        resolution = _Resolution(self._frames, self._ctx, self._extensions)
+        resolution._done = self._done
+        if self._budget is not None:
+            resolution._budget = self._budget
+            self._budget.most = None
+        return resolution
 
     def path(self) -> str:
         """Where the marker stands that was being resolved last."""
@@ -207,24 +236,37 @@ class _Resolution(_Reader):
         header, frames = self._parts(index, _HeaderHook(ctx, self._keys))
         if not ctx.deserialize:
             return Serialized(header, frames, trusted=ctx.allow_pickle())
-        return self._guarded(partial(deserialize, keys=self._keys), header, frames)
+        return self._guarded(partial(deserialize, keys=self._keys), index, header, frames)
 
     def _pickled(self, index: int) -> Any:
         self._at = PICKLED, index
         if not self._ctx.allow_pickle():
             raise UnsafePayload("a pickle came from a peer that is not trusted; it was not loaded")
         header, frames = self._parts(index, self._keys.make_dict)
-        return self._guarded(unpickle_parts, header, frames)
+        return self._guarded(unpickle_parts, index, header, frames)
 
-    def _guarded(self, load: Callable[..., Any], header: dict[Any, Any], frames: list[Buffer]) -> Any:
+    def _guarded(self, load: Callable[..., Any], index: int, header: dict[Any, Any], frames: list[Buffer]) -> Any:
         """Deserialize a payload, so that its errors are not taken for those of frame 0."""
+        done = self._done
+        if done and index in done:
+            return done[index]
+        most = self._most
         if self._budget is None:
-            self._budget = Budget(self._ctx.max_message, sum(map(nbytes, self._frames)))
+            self._budget = Budget(self._ctx.max_message, self._size, most)
+        used = self._budget.used
         try:
-            return load(header, frames, self._ctx, budget=self._budget)
+            if self._counts_work:
+                self._work += reading_work(header, frames)
+                if self._work > most:  # type: ignore[operator]  # it counts because there is a number
+                    raise TooHeavy
+            value = load(header, frames, self._ctx, budget=self._budget)
         except BaseException as exc:
             self._failure = exc
+            self._budget.used = used  # a part of it may have been decompressed, and if it is TooHeavy, will be once more
             raise
+        if most is not None:
+            done[index] = value
+        return value
 
     def _parts(self, index: int, hook: Callable[[list[tuple[Any, Any]]], Any]) -> tuple[dict[Any, Any], list[Buffer]]:
         """Header and payload frames that a marker names; each belongs to one marker, else a short message could be endless."""

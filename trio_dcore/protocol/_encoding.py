@@ -11,11 +11,12 @@ from msgpack import Packer, packb
 
 from ._context import Buffer, EncodeContext
 from ._enums import enum_marker
-from ._errors import DcoreError, SerializationError, UnsafePayload
+from ._errors import DcoreError, SerializationError, TooHeavy, UnsafePayload
 from ._extensions import encode_ext, tagged_dict
 from ._families import bare_numpy, needs_pickle, pickled_parts, serialize
 from ._markers import PICKLED, RESERVED, SERIALIZED, SET, Escaped, at, escape, find_path, render, walk
 from ._types import Pickled, Serialize, Serialized, ToPickle
+from ._weights import weight
 
 __all__ = ["Encoder"]
 
@@ -80,6 +81,7 @@ class Encoder:
         Raises:
             SerializationError: something in the message can't be sent; ``path`` says where it stands.
             UnsafePayload: something in it needs a pickle, which this peer must not be sent; ``field`` says where it stands.
+            TooHeavy: it takes more work than ``ctx.offload``; as good as nothing of that was done.
         """
         # Costs some 100 ns above packer.pack, which for {"op": "add", "x": 1, "y": 2, "reply": True} takes 150 (CPython 3.11).
         # list.pop is atomic, which is what makes this safe in all threads.
@@ -100,7 +102,7 @@ class Encoder:
                 packer = self._new_packer()
         except BaseException as exc:
             try:
-                if isinstance(exc, Exception) and not isinstance(exc, MemoryError):
+                if isinstance(exc, Exception) and not isinstance(exc, (MemoryError, TooHeavy)):
                     self._explain(message, exc)
                 raise
             finally:
@@ -149,7 +151,7 @@ class Encoder:
 class _Hook:
     """What the packer calls for a value that msgpack has no form for, and what one encoding has collected so far."""
 
-    __slots__ = ("_array_ctx", "ctx", "culprit", "frames", "made", "payloads_before")
+    __slots__ = ("_array_ctx", "_weight", "ctx", "culprit", "frames", "made", "payloads_before")
 
     def __init__(self, ctx: EncodeContext) -> None:
         self.ctx = ctx
@@ -161,9 +163,15 @@ class _Hook:
         self.frames: list[Buffer] = [b""]
         self.made = 0  # markers
         self.culprit: object = None
+        self._weight = 0  # of what has been encoded
 
     def __call__(self, obj: object) -> object:
         try:
+            most = self.ctx.offload
+            if most is not None:
+                self._weight += weight(obj, most - self._weight, self.ctx.compression is not None)
+                if self._weight > most:
+                    raise TooHeavy
             return self._convert(obj)
         except BaseException:
             self.culprit = obj

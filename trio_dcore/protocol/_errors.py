@@ -6,6 +6,7 @@ the ones that are also trio errors.  Every class says whether the comm survives 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RemoteTraceback",
     "SerializationError",
     "ServerClosing",
+    "TooHeavy",
     "UnknownOp",
     "UnsafePayload",
 ]
@@ -28,6 +30,18 @@ __all__ = [
 
 class DcoreError(Exception):
     """Root of every error that trio_dcore defines."""
+
+
+class TooHeavy(DcoreError):
+    """A message takes more work than may be done where it is being encoded or decoded: a worker thread is to do it.
+
+    For the layers above, which catch it; only who asked for it, by a number of bytes, ever meets it.
+
+    Attributes:
+        rest: where a message was being decoded: does what is left of that, and returns the message.
+    """
+
+    rest: Callable[[], Any]
 
 
 class ProtocolError(DcoreError):

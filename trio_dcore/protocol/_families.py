@@ -32,11 +32,14 @@ from ._types import Pickled, Serialize, Serialized
 __all__ = [
     "bare_numpy",
     "deserialize",
+    "dump_value",
+    "load_value",
     "needs_pickle",
     "open_serialized",
     "pickle_dumps",
     "pickle_loads",
     "pickled_parts",
+    "reading_work",
     "register_serialization",
     "serialize",
     "unpickle_parts",
@@ -136,6 +139,16 @@ def _dump(value: Any, ctx: EncodeContext, iterate: bool, outer: tuple[int, ...])
             f"Could not serialize object of type {kind.__name__}".encode(),
             text[-_ERROR_TEXT:].encode(errors="replace"),
         ]
+
+
+def dump_value(value: Any, ctx: EncodeContext) -> tuple[Header, list[Buffer]]:
+    """Header and frames of a value that is part of another one: neither cut nor compressed."""
+    return _dump(value, ctx, False, ())
+
+
+def load_value(header: Header, frames: list[Buffer], ctx: DecodeContext, keys: Keys) -> Any:
+    """The value of header and frames that :func:`dump_value` made."""
+    return _load(header, frames, ctx, keys)
 
 
 def _may_pass_on(value: Serialized, ctx: EncodeContext) -> None:
@@ -404,6 +417,22 @@ _READERS: dict[str, Callable[[Header, list[Buffer], DecodeContext, Keys], Any]] 
     "msgpack": _read_msgpack,
     "error": _read_error,
 }
+
+
+def reading_work(header: Header, frames: list[Buffer]) -> int:
+    """How many bytes of a payload are more than looked at when it is read, about; what decompressing takes is not among them.
+
+    Most values are made over the memory that came, however large it is.  The header may be any that a peer sends.
+    """
+    if "pickled-obj" in header:
+        data = header["pickled-obj"]
+        return len(data) if isinstance(data, bytes) else 0
+    counts = header.get("split-num-sub-frames")
+    joined = isinstance(counts, tuple) and any(count != 1 for count in counts)
+    if header.get("serializer") == "pickle" and not joined:
+        return nbytes(frames[0]) if frames else 0  # the others are buffers, which stay where they are
+    # What takes no pickle is read by functions of this package; others may do anything.
+    return sum(map(nbytes, frames)) if joined or needs_pickle(header) else 0
 
 
 def needs_pickle(header: object) -> bool:

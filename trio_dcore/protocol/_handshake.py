@@ -32,9 +32,8 @@ _MAX_PICKLE_PROTOCOL = 100
 _MAX_NAME = 64
 _MAX_NAMES = 64
 
-# A peer's window is what it lets us send, so a large one is harmless; these keep the sums of credit in small integers.
-_MAX_WINDOW_ITEMS = 2**20
-_MAX_WINDOW_BYTES = 2**32
+# All that msgpack has.
+_MAX_WINDOW = 2**64 - 1
 
 # Seconds; beyond it nobody is in a hurry.
 _MAX_PING = 1e6
@@ -92,7 +91,7 @@ def local_handshake(
         pooled: the comm is a pool's: only requests are made on it, so a goodbye may come at any time.
         ping: seconds in which we want the answer to a ping, if that is sooner than a server gives it anyway.
     """
-    extension: dict[str, Any] = {"version": VERSION, "features": list(FEATURES), "window": list(window)}
+    extension: dict[str, Any] = {"version": VERSION, "features": list(FEATURES), "window": [min(n, _MAX_WINDOW) for n in window]}
     if pooled:
         extension["pooled"] = True
     if ping is not None:
@@ -152,7 +151,7 @@ def _extension(local: Mapping[str, Any], remote: object) -> Extension:
     if len(features) > _MAX_NAMES or not all(isinstance(f, str) and len(f) <= _MAX_NAME for f in features):
         raise _wrong(f"{KEY}.features", features, f"at most {_MAX_NAMES} short names")
     window = _sequence(remote, "window")
-    if len(window) != 2 or not all(_is_integer(n, 1, 2**64) for n in window):
+    if len(window) != 2 or not all(_is_integer(n, 1, _MAX_WINDOW) for n in window):
         raise _wrong(f"{KEY}.window", window, "[items, bytes], both above 0")
     pooled = remote.get("pooled", False)
     if not isinstance(pooled, bool):
@@ -163,7 +162,8 @@ def _extension(local: Mapping[str, Any], remote: object) -> Extension:
     return Extension(
         version=min(local["version"], version),
         features=frozenset(local["features"]).intersection(features),
-        window=(min(window[0], _MAX_WINDOW_ITEMS), min(window[1], _MAX_WINDOW_BYTES)),
+        # What it lets us send, so a large one is harmless; and it may wait for half of that before it grants more.
+        window=(window[0], window[1]),
         pooled=pooled,
         ping=None if ping is None else float(min(ping, _MAX_PING)),
     )

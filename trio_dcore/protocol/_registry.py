@@ -13,7 +13,16 @@ from typing import Any
 
 from ._context import Buffer, DecodeContext, EncodeContext
 
-__all__ = ["Handler", "add_builtin", "find_for_class", "find_for_name", "has_custom", "register_serialization"]
+__all__ = [
+    "Handler",
+    "add_builtin",
+    "add_class",
+    "dotted_name",
+    "find_for_class",
+    "find_for_name",
+    "has_custom",
+    "register_serialization",
+]
 
 Parts = tuple[dict[str, Any], list[Buffer]]
 
@@ -44,7 +53,8 @@ _references: dict[str, Handler] = {}
 _custom = False
 
 
-def _dotted(cls: type) -> str:
+def dotted_name(cls: type) -> str:
+    """Where a class is to be found."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -54,10 +64,16 @@ def add_builtin(handler: Handler, *names: str) -> None:
         _names[name] = handler
 
 
+def add_class(cls: type, handler: Handler) -> None:
+    """Register a handler of a user's class."""
+    _classes[cls] = handler
+    _references[dotted_name(cls)] = handler
+
+
 def find_for_class(cls: type) -> Handler | None:
     """The handler of a class or of its nearest registered base."""
     for base in cls.__mro__:
-        handler = _classes.get(base) or _names.get(_dotted(base))
+        handler = _classes.get(base) or _names.get(dotted_name(base))
         if handler is not None:
             return handler
     return None
@@ -113,8 +129,7 @@ def register_serialization(
     handler = Handler(dump, load, custom=(serialize, deserialize))
     which: object = cls
     if isinstance(which, type):
-        _classes[which] = handler
-        _references[_dotted(which)] = handler
+        add_class(which, handler)
     elif isinstance(which, str) and "." in which:
         _names[which] = handler
         _references[which] = handler

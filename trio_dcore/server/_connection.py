@@ -300,6 +300,7 @@ class Connection:
                 await self._send_failure(None, ValueError(f"a request must be a dict with an 'op', not a {type(head).__name__}"))
             elif not await self._answer(head, frames):
                 return
+            found = head = frames = None  # an idle connection keeps no payload alive
 
     def _left_over(self, message: tuple[object, ...]) -> None:
         """An envelope behind the end of its request, such as credit that crossed it.
@@ -335,7 +336,7 @@ class Connection:
                 if frames is not None:
                     if not RESERVED.isdisjoint(head):
                         raise ValueError("a request can't be a marker: its op and arguments stand in frame 0")
-                    message: dict[Any, Any] = comm.resolve(frames)
+                    message: dict[Any, Any] = await comm.unpack(frames)
                 else:
                     message = dict(head) if comm.by_reference else head
                 del message["op"]
@@ -383,7 +384,7 @@ class Connection:
             if comm.closed():
                 if isinstance(error, (RemoteProtocolError, LimitExceeded)):
                     raise  # the client's doing
-                if request is not None and not isinstance(error, (CommClosedError, trio.ClosedResourceError, HandlerCancelled)):
+                if request is not None and not _is_of_no_news(error):
                     self._log_failure(logging.WARNING, request.op, "failed after its caller had gone", error)
                 return False
             failure = error.stop if type(error) is _Stopped else error
@@ -447,7 +448,7 @@ class Connection:
         if not isinstance(error, BaseExceptionGroup):
             return error
         cancelled, rest = error.split(trio.Cancelled)
-        if rest is not None:
+        if rest is not None and not (self.comm.closed() and _is_of_no_news(rest)):
             _log.error("op %r from %s failed while it was being cancelled", self.op, self.comm.peer_address, exc_info=rest)
         assert cancelled is not None
         return cancelled
@@ -586,6 +587,11 @@ def _checked_families(names: object) -> tuple[str, ...]:
 def _ends_the_server(error: BaseException) -> bool:
     """Whether there is a KeyboardInterrupt or SystemExit in it."""
     return any(isinstance(leaf, (KeyboardInterrupt, SystemExit)) for leaf in leaves(error))
+
+
+def _is_of_no_news(error: BaseException) -> bool:
+    """Whether all that an error says, or each in a group of a handler's own nursery, is that somebody has gone."""
+    return all(isinstance(leaf, (CommClosedError, trio.ClosedResourceError, HandlerCancelled)) for leaf in leaves(error))
 
 
 def _has_cancelled(error: BaseException) -> bool:

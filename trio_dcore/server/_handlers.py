@@ -14,7 +14,7 @@ import trio
 
 from ._throttle import Throttle
 
-__all__ = ["HandlerEntry", "closest", "in_thread", "is_code", "run_to_end", "wrong_arguments"]
+__all__ = ["HandlerEntry", "closest", "in_thread", "is_code", "run_to_end", "thread_of", "wrong_arguments"]
 
 Handler = Callable[..., Any]
 _F = TypeVar("_F", bound=Handler)
@@ -141,6 +141,15 @@ def is_code(function: Handler, what: Callable[[object], bool]) -> bool:
         function = function.func
     # Of its class, not its own: calling a class makes an instance, and doesn't run the instance's __call__.
     return what(function) or what(getattr(type(function), "__call__", None))  # noqa: B004  # not a test for being callable
+
+
+def thread_of(function: Handler) -> tuple[Handler, bool, trio.CapacityLimiter | None]:
+    """What to call for a handler of a message stream: (it without its marks, whether that takes a thread, the limiter for it)."""
+    called, marks = _unmarked(function)
+    if not marks:
+        return called, False, None  # nearly always
+    limiter = next((mark.limiter for mark in marks if mark.limiter is not None), None)
+    return called, any(mark.in_thread for mark in marks) and not _is_async(called), limiter
 
 
 def _is_async(function: Handler) -> bool:

@@ -20,7 +20,6 @@ synchronous and stands in one ``finally``.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import sys
@@ -28,15 +27,16 @@ import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
 from .._security import Security
 from .._util import to_raise
-from ..abc import Comm, CommSettings, Listener, Peer
+from ..abc import OFFLOAD, Comm, CommSettings, Listener, Peer
 from ..comm import (
+    AddressLike,
     BaseComm,
     HangupWatcher,
     InprocComm,
@@ -51,8 +51,9 @@ from ..protocol._limits import Limits
 from ._accepting import Acceptor, close_idle
 from ._admission import permitted
 from ._announcing import announce
+from ._arguments import check_arguments, check_seconds
 from ._connection import Connection
-from ._handlers import Handler, HandlerEntry, is_code, run_to_end
+from ._handlers import Handler, HandlerEntry, run_to_end
 from ._pinger import Pinger
 from ._request import request_variable
 from ._room import Room
@@ -70,12 +71,18 @@ _log = logging.getLogger("trio_dcore.server")
 class BaseServer:
     """All of a server but its outgoing calls; use :class:`trio_dcore.Server`."""
 
+    #: What :meth:`listen` takes where no host and no port are given; for subclasses.
+    default_ip: ClassVar[str] = ""
+    default_port: ClassVar[int] = 0
+    #: The ``blocked_handlers`` of a server that is made without; for subclasses.
+    default_blocked_handlers: ClassVar[Collection[str]] = ()
+
     def __init__(
         self,
         handlers: Mapping[str, Handler] | None = None,
         *,
         stream_handlers: Mapping[str, Handler] | None = None,
-        blocked_handlers: Collection[str] = (),
+        blocked_handlers: Collection[str] | None = None,
         connection_limit: int = 512,
         deserialize: bool = True,
         security: Security | None = None,
@@ -86,28 +93,26 @@ class BaseServer:
         name: str | None = None,
         serializers: Sequence[str] | None = None,
         deserializers: Sequence[str] | None = None,
+        timeout: float | None = 30.0,
+        compression: str | None = None,
+        offload: int | None = OFFLOAD,
     ) -> None:
         for parameter, seconds in (("grace", grace), ("drain_on_cancel", drain_on_cancel)):
-            _check_seconds(parameter, seconds)
-        if connection_limit < 1:
-            raise ValueError(f"connection_limit={connection_limit!r}: must be at least 1")
-        for op, handler in [*(handlers or {}).items(), *(stream_handlers or {}).items()]:
-            if not isinstance(op, str):
-                raise TypeError(f"the op {op!r} is not a str")
-            if not callable(handler):
-                raise TypeError(f"the handler for {op!r} is {handler!r}, which can't be called")
-        if isinstance(blocked_handlers, str):
-            raise TypeError(f"blocked_handlers={blocked_handlers!r}: give a collection of ops, such as [{blocked_handlers!r}]")
-        if authorize is not None and is_code(authorize, inspect.iscoroutinefunction):
-            raise TypeError("authorize must be a plain function that returns a bool, not an async one")
-        self.handlers: dict[str, Handler] = {"identity": self.identity, "echo": self.echo, **(handlers or {})}
+            check_seconds(parameter, seconds)
+        blocked_handlers = self.default_blocked_handlers if blocked_handlers is None else blocked_handlers
+        check_arguments(handlers or {}, stream_handlers or {}, blocked_handlers, authorize, connection_limit)
+        built_in = {"identity": self.identity, "echo": self.echo}
+        self.handlers: dict[str, Handler] = {**built_in, **(handlers or {})}
         self.stream_handlers: dict[str, Handler] = dict(stream_handlers or {})
         if self.stream_handlers:
             # What its peer has sent is handled, also if the peer has gone since: the stream ends where its last message does.
             self.handlers.setdefault("connection_stream", run_to_end(self.connection_stream))
         self.blocked_handlers: set[str] = set(blocked_handlers)
         self.connection_limit = connection_limit
-        self.settings = CommSettings.of(security, limits, deserialize, serializers, deserializers)
+        self.timeout = timeout
+        self.settings = CommSettings.of(
+            security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload
+        )
         self.grace = grace
         self.drain_on_cancel = drain_on_cancel
         self.authorize = authorize
@@ -158,6 +163,14 @@ class BaseServer:
         """Return ``data``."""
         return data
 
+    def dump_state(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """What can be told of this server, for people to read, but for the keys in ``exclude``.
+
+        Dask's servers answer an op of that name; here it is one only if you make it a handler, since it tells strangers what goes on.
+        """
+        facts = {"addresses": self.addresses, "status": self.status.name, "statistics": self.statistics().as_dict()}
+        return {key: value for key, value in {**self.identity(), **facts}.items() if key not in exclude}
+
     async def connection_stream(self, comm: Comm) -> None:
         """Serve ``stream_handlers`` to the caller, as ``distributed.core.Server.connection_stream``; reachable only if there are any."""
         await self.handle_stream(comm)
@@ -195,12 +208,25 @@ class BaseServer:
         return self._addresses[0]
 
     @property
+    def listeners(self) -> tuple[Listener, ...]:
+        """What the server listens with, one for each bound address; closing one ends listening there and nothing else."""
+        return tuple(self._listeners)
+
+    @property
+    def host(self) -> str:
+        """The host of the first address that has one."""
+        return self._host_port("host")[0]
+
+    @property
     def port(self) -> int:
         """The port of the first address that has one."""
+        return self._host_port("port")[1]
+
+    def _host_port(self, what: str) -> tuple[str, int]:
         for address in self._addresses:
             if get_transport(parse_address(address)[0]).host_port:  # a path may end like a port
-                return get_address_host_port(address)[1]
-        raise LocalProtocolError("the server has no port: it listens on no address that has one")
+                return get_address_host_port(address)
+        raise LocalProtocolError(f"the server has no {what}: it listens on no address that has one")
 
     def statistics(self) -> ServerStatistics:
         """Counts since the start and of this moment.  Not a checkpoint."""
@@ -257,7 +283,7 @@ class BaseServer:
 
     async def serve(
         self,
-        *addresses: str | int | tuple[str, int],
+        *addresses: AddressLike | int,
         task_status: trio.TaskStatus[tuple[str, ...]] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Listen on the addresses and serve until stopped or cancelled.
@@ -282,13 +308,14 @@ class BaseServer:
             task_status.started(self.addresses)
             await self._finished.wait()
 
-    async def listen(self, address: str | int | tuple[str, int] | None = None) -> str:
+    async def listen(self, address: AddressLike | int | None = None) -> str:
         """Listen on one more address.
 
         Args:
-            address: Dask's forms: a port, ``(host, port)``, ``"host:port"``, ``"tcp://host:port"``, ``"inproc://name"``; None is
-                a free port on every interface.  Without a scheme it is ``tcp://``, or with ``Security(require_encryption=True)``
-                ``tls://``.
+            address: Dask's forms: a port, ``(host, port)``, ``"host"``, ``"host:port"``, ``"tcp://host:port"``,
+                ``"inproc://name"``; None is the default port.  Without a scheme it is ``tcp://``, or with
+                ``Security(require_encryption=True)`` ``tls://``; without a host or port it is the class's :attr:`default_ip` and
+                :attr:`default_port`, which are a free port on every interface.
 
         Returns:
             The contact address, in which a wildcard or port 0 has been replaced.
@@ -300,7 +327,10 @@ class BaseServer:
         self._check_serving()
         # What requires encryption gets it, unless an address says otherwise, which is then refused.
         default_scheme = "tls" if self.settings.security.require_encryption else "tcp"
-        scheme, location = parse_address(listen_address(address, default_scheme=default_scheme))
+        where = listen_address(
+            address, default_host=self.default_ip, default_port=self.default_port, default_scheme=default_scheme
+        )
+        scheme, location = parse_address(where)
         check_encryption(scheme, self.settings)
         listeners = await get_transport(scheme).listen(location, self.settings)
         try:
@@ -460,7 +490,7 @@ class BaseServer:
             reason: for the log.
         """
         grace = self.grace if grace is None else grace
-        _check_seconds("grace", grace)
+        check_seconds("grace", grace)
         if self._life is Life.NEW:
             self._life = self._life.move(Life.CLOSED)
             self.shutdown_requested.set()
@@ -547,8 +577,3 @@ class BaseServer:
         self._pinger.leave(connection)
         if self._hangups is not None and connection.watched is not None:
             self._hangups.forget(connection.watched, connection.hung_up)
-
-
-def _check_seconds(parameter: str, seconds: float) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise ValueError(f"{parameter}={seconds!r}: must be a number of seconds, 0 or more")

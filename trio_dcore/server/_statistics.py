@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,10 @@ class ServerStatistics:
     errors: int
     refused: int
     expired: int
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """The same as plain data, for a log or a message."""
+        return {**{each.name: getattr(self, each.name) for each in fields(self)}, "requests": dict(self.requests)}
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from ..abc import Comm
 from ..comm import BaseComm
 from ..errors import CommClosedError
 from ..protocol._markers import RESERVED
-from ._handlers import Handler, wrong_arguments
+from ._handlers import Handler, thread_of, wrong_arguments
 from ._statistics import Counters
 from ._throttle import Throttle, shortened, shown
 
@@ -25,6 +25,8 @@ __all__ = ["StreamLog", "handle_stream"]
 _log = logging.getLogger("trio_dcore.server")
 
 _YIELD_MESSAGES = 16
+# Of these it can be told whether they are empty: an array has no truth value.
+_PLAIN = frozenset({type(None), bool, int, float, bytes, tuple, list, dict, set, frozenset})
 
 
 async def handle_stream(
@@ -44,7 +46,7 @@ async def handle_stream(
 
     Args:
         comm: nobody else reads it.
-        handlers: op -> callable, plain or async; results are discarded.
+        handlers: op -> callable, plain, async or marked with ``in_thread``; results are discarded.
         extra: further keyword arguments for every handler; a key of the message wins over them.
         draining: whether the stream is to end as soon as all that has come is handled.
         log: of the server, for all its streams; by default the stream has its own.
@@ -62,7 +64,7 @@ async def handle_stream(
             for message in batch:
                 if isinstance(message, str) and message == "OK":
                     break
-                if isinstance(message, dict) and message.get("op") == "close-stream":
+                if isinstance(message, dict) and isinstance(op := message.get("op"), str) and op == "close-stream":
                     return
                 await _handle(message, handlers, extra or {}, log, admits, comm.peer_address)
                 handled += 1
@@ -86,7 +88,7 @@ async def _read(comm: Comm, handlers: Mapping[str, Handler], admits: Callable[[s
     if found is None:
         raise CommClosedError(f"{comm.peer_address} closed the comm")
     head, frames = found
-    return head if frames is None or not _to_be_handled(head, handlers, admits) else comm.resolve(frames)
+    return head if frames is None or not _to_be_handled(head, handlers, admits) else await comm.unpack(frames)
 
 
 def _to_be_handled(head: object, handlers: Mapping[str, Handler], admits: Callable[[str], bool]) -> bool:
@@ -163,7 +165,7 @@ async def _handle(
         )
         return
     op = message["op"]
-    if not op:
+    if (isinstance(op, str) or type(op) in _PLAIN) and not op:
         return
     handler = handlers.get(op) if isinstance(op, str) else None
     if handler is None:
@@ -174,18 +176,27 @@ async def _handle(
         return
     arguments = {**extra, **message}
     del arguments["op"]
+    called, takes_thread, limiter = thread_of(handler)
     try:
-        result = handler(**arguments)
-        if inspect.isawaitable(result):
-            await result
+        if takes_thread:
+            await trio.to_thread.run_sync(_in_worker, called, arguments, limiter=limiter)
+        else:
+            result = called(**arguments)
+            if inspect.isawaitable(result):
+                await result
     except (KeyboardInterrupt, SystemExit, trio.Cancelled):
         raise
     except BaseException as error:
         if any(isinstance(leaf, (KeyboardInterrupt, SystemExit, trio.Cancelled)) for leaf in leaves(error)):
             raise
         if isinstance(error, TypeError):
-            misfit = wrong_arguments(op, handler, (), arguments, error, _handle.__code__)
+            caller = _in_worker if takes_thread else _handle
+            misfit = wrong_arguments(op, called, (), arguments, error, caller.__code__)
             if misfit is not None:
                 log.misfit(op, misfit, peer)
                 return
         log.failed(op, peer)
+
+
+def _in_worker(function: Handler, arguments: dict[str, Any]) -> None:
+    function(**arguments)
