@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -18,6 +19,12 @@ _PACKAGE = str(Path(trio_dcore.__file__).parent)
 _PLACES = {"inproc": "inproc://", "tcp": "tcp://127.0.0.1:0"}
 
 Serving = Callable[..., AbstractAsyncContextManager[tuple[Server, Any]]]
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays: no_leaks() collects twice a block, and would look at all of that each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=_PLACES)

@@ -36,6 +36,12 @@ PROGRAMS = {
         "the queue and its workers have ended",
     ],
     "embedding": ["plausible: True", "server: closed"],
+    "dask_from_trio": [
+        "sum of 1000 squares: 332833500",
+        "gave up waiting: True",
+        "the cluster has time for others: 25",
+        "scheduler: closed",
+    ],
 }
 
 
@@ -78,6 +84,9 @@ async def test_server_and_client(name: str, capsys: pytest.CaptureFixture[str]) 
 async def test_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "numpy_echo":
         pytest.importorskip("numpy")
+    if name == "dask_from_trio":
+        pytest.importorskip("distributed")
+        pytest.importorskip("trio_asyncio")
     with trio.fail_after(30):
         await load(name).main()
     lines = capsys.readouterr().out.splitlines()

@@ -28,10 +28,18 @@ def test_the_halves() -> None:
 def test_its_pool_has_its_settings() -> None:
     limits, security = Limits(idle=5), Security(pickle="never")
     server = Server(
-        connection_limit=7, limits=limits, security=security, deserialize=False, serializers=["msgpack"], deserializers=["dask"]
+        connection_limit=7,
+        limits=limits,
+        security=security,
+        deserialize=False,
+        serializers=["msgpack"],
+        deserializers=["dask"],
+        timeout=3,
     )
     pool = server.rpc
     assert pool.limit == 7
+    assert pool.timeout == 3
+    assert Server().rpc.timeout == 30
     assert pool.settings.limits is limits
     assert pool.settings.security is security
     assert pool.settings.deserialize is False
@@ -51,6 +59,23 @@ async def test_a_handler_calls_on(where: str, serving: Any) -> None:
             for x in range(3):
                 assert await pool(address).forward(to=target.address, x=x) == x + 1
         assert hop.rpc.open == 1
+
+
+async def test_its_connections_are_counted(where: str, serving: Any) -> None:
+    go = trio.Event()
+    async with serving({"wait": go.wait}, where) as (server, remote), Server() as idle:
+        assert idle.get_connection_counters() == dict.fromkeys(idle.get_connection_counters(), 0)
+        assert idle._pool is None  # asking has made none
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(idle.rpc(server.address).wait)
+            while not server.statistics().in_flight:
+                await trio.lowlevel.checkpoint()
+            await remote.echo()
+            counts = {"incoming_comms_open": 2, "incoming_comms_active": 1, "outgoing_comms_open": 0, "outgoing_comms_active": 0}
+            assert server.get_connection_counters() == counts
+            counts = {"incoming_comms_open": 0, "incoming_comms_active": 0, "outgoing_comms_open": 1, "outgoing_comms_active": 1}
+            assert idle.get_connection_counters() == counts
+            go.set()
 
 
 async def test_its_calls_end_with_it(where: str, serving: Any) -> None:

@@ -15,7 +15,7 @@ class Server(BaseServer):
         handlers: op -> callable.  Its arguments are the message's keys; a first parameter named ``comm`` gets the comm.  Plain
             functions, ``async def`` and async generators all serve; see :func:`in_thread` and :func:`run_to_end`.
         stream_handlers: op -> callable for the items of a ``connection_stream``, as Dask has it.
-        blocked_handlers: ops that nobody may call.
+        blocked_handlers: ops that nobody may call; None is those of the class, ``default_blocked_handlers``.
         connection_limit: comms that :attr:`rpc` may have open at once.
         deserialize: False leaves ``Serialize`` payloads as ``Serialized`` objects.
         security: whom to trust.
@@ -26,6 +26,8 @@ class Server(BaseServer):
         name: for logs and the server's id; the class's name by default.
         serializers: families for ``Serialize`` payloads, in order of preference.
         deserializers: families accepted in ``Serialize`` payloads.
+        compression, offload: as for :func:`trio_dcore.connect`.
+        timeout: seconds that :attr:`rpc` takes for connecting and handshake together; None for ever.
 
     Either::
 
@@ -48,10 +50,32 @@ class Server(BaseServer):
                 security=settings.security,
                 limits=settings.limits,
                 deserialize=settings.deserialize,
+                timeout=self.timeout,
                 serializers=settings.serializers,
                 deserializers=settings.deserializers,
+                compression=settings.compression,
+                offload=settings.offload,
             )
         return self._pool
+
+    def get_connection_counters(self) -> dict[str, int]:
+        """How many connections there are now, as ``distributed.core.Server.get_connection_counters``.
+
+        Returns:
+            ``incoming_comms_open``: connections of clients that have shaken hands; ``incoming_comms_active``: those of them on which
+            a handler runs; ``outgoing_comms_open`` and ``outgoing_comms_active``: comms of :attr:`rpc`, and those of them that a
+            call uses.
+        """
+        incoming = [connection for connection in self._connections if not connection.handshaking]
+        # Asked of the attribute, for to ask must not make a pool.
+        pool = self._pool
+        connecting = 0 if pool is None else pool.connecting
+        return {
+            "incoming_comms_open": len(incoming),
+            "incoming_comms_active": sum(connection.request is not None for connection in incoming),
+            "outgoing_comms_open": 0 if pool is None else pool.open - connecting,
+            "outgoing_comms_active": 0 if pool is None else pool.active - connecting,
+        }
 
     def _close_outgoing(self) -> None:
         self.rpc.close_now()

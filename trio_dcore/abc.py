@@ -11,9 +11,13 @@ from typing import Any, Literal
 import trio
 
 from ._security import Security
-from .protocol._limits import Limits
+from .protocol._compression import check_codec
+from .protocol._limits import Limits, MiB
 
-__all__ = ["Comm", "CommSettings", "Listener", "Peer", "PeerKind", "Transport", "family_names"]
+__all__ = ["OFFLOAD", "Comm", "CommSettings", "Listener", "Peer", "PeerKind", "Transport", "family_names"]
+
+#: Bytes from which on a message is encoded or decoded in a worker thread (``distributed.comm.offload``).
+OFFLOAD = 10 * MiB
 
 PeerKind = Literal["inproc", "unix", "loopback", "tls", "tcp", "memory"]
 
@@ -76,6 +80,8 @@ class CommSettings:
     deserialize: bool = True
     serializers: tuple[str, ...] | None = None
     deserializers: tuple[str, ...] | None = None
+    compression: str | None = None
+    offload: int | None = OFFLOAD
     #: The comm is a pool's: nothing but requests is sent on it.
     pooled: bool = False
 
@@ -88,6 +94,8 @@ class CommSettings:
         serializers: Sequence[str] | None,
         deserializers: Sequence[str] | None,
         *,
+        compression: str | None = None,
+        offload: int | None = OFFLOAD,
         pooled: bool = False,
     ) -> CommSettings:
         """From the arguments of a public call, where None means the default."""
@@ -97,6 +105,8 @@ class CommSettings:
             deserialize=deserialize,
             serializers=family_names("serializers", serializers),
             deserializers=family_names("deserializers", deserializers),
+            compression=check_codec(compression),
+            offload=_bytes("offload", offload),
             pooled=pooled,
         )
 
@@ -110,6 +120,12 @@ def family_names(parameter: str, names: Sequence[str] | None) -> tuple[str, ...]
     return tuple(names)
 
 
+def _bytes(parameter: str, number: int | None) -> int | None:
+    if number is not None and (type(number) is not int or number < 0):
+        raise ValueError(f"{parameter}={number!r}: must be a number of bytes, or None")
+    return number
+
+
 class Comm(trio.abc.Channel[Any]):
     """A message channel: arbitrary Python objects in both directions.
 
@@ -119,8 +135,12 @@ class Comm(trio.abc.Channel[Any]):
     Cancellation:
         Of a write: it is delivered before the first byte (the message is untouched, the comm usable) or it closes the comm.  A
         write that returned was sent whole.  Of a read: the comm stays usable unless part of a message had come; then it is
-        closed, never used again.  The one deviation from trio's "every call is a checkpoint": a read or write that needs no I/O
-        delivers cancellation, but lets other tasks run only every 16 messages or 64 KiB.
+        closed, never used again.  While a worker thread encodes or decodes a large message (``offload=``) nothing is lost either:
+        the message is still to be written, or is there for the next read.  The thread itself can't be stopped: it goes on, may look
+        at the message for as long, what it makes is dropped, and a line in the log says so.
+
+        The one deviation from trio's "every call is a checkpoint": a read or write that needs no I/O delivers cancellation, but lets
+        other tasks run only every 16 messages or 64 KiB.
     """
 
     __slots__ = ()

@@ -26,6 +26,7 @@ MODULES = (
     "server/_streams.py",
     "server/_drive.py",
     "comm/_comm.py",
+    "comm/_writing.py",
     "comm/_substream.py",
     "comm/_pumps.py",
     "comm/_watch.py",

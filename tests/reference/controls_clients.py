@@ -11,7 +11,7 @@ import trio
 
 from tests.reference.controls import by, control, wrap
 from tests.reference.test_n_sweeps import a_call, two_calls
-from trio_dcore import CommClosedError, ConnectionPool
+from trio_dcore import BatchedSend, CommClosedError, ConnectionPool
 from trio_dcore.client import _call as client_call
 from trio_dcore.client._pool_policy import PoolPolicy, Waiter
 from trio_dcore.comm import BaseComm, FramedComm
@@ -153,12 +153,21 @@ def keeps_half_messages(patch: pytest.MonkeyPatch) -> None:
     "A comm stays open when its handshake was cancelled.",
     by("d01_cancelled_before_there_is_a_comm", "t", "TooSlowError"),
     by("n01_a_client_from_nothing", "m", "SweepError: .*connections=1", use=a_call),
+    by("n03_connecting", "u", "LeakError: "),
 )
 def leaks_handshakes(patch: pytest.MonkeyPatch) -> None:
     async def handshake(comm: BaseComm, address: str) -> None:
         await comm.handshake()
 
     patch.setattr(connecting, "_handshake", handshake)
+
+
+@control(
+    "Messages of a batched stream that were not sent are not told.",
+    by("n02_batches", "m", "SweepError: cancelled at step"),
+)
+def tells_no_loss(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BatchedSend, "unsent", [])
 
 
 # -- deadlines -------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import trio
 from tests.reference.identities import ours
 from tests.reference.soak_server import GRACE
 
-__all__ = ["Nemesis", "Proxy", "ServerProcess", "free_place", "resident", "write_identity"]
+__all__ = ["Lag", "Nemesis", "Proxy", "ServerProcess", "free_place", "resident", "write_identity"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, sys.path)])}
@@ -31,8 +31,10 @@ _RESET = struct.pack("ii", 1, 0)  # struct linger: on, and no time for it
 SERVER = ["-m", "tests.reference.soak_server"]
 # No server takes so long for anything, unless the machine is very busy.
 PATIENCE = 60.0
-# How late a server may be when it stops in order: the machine may be busy, and it may have been paused a moment ago.
+# How late a server may be when it stops in order, beyond the seconds for which this process, too, had no time for its tasks.
 LATE = 5.0
+# Seconds between looks at the clock.
+_BEAT = 0.02
 # "op 'fail' from … failed after its caller had gone", with its traceback: that is worth a warning.
 _LOUD = re.compile(r"^(?:ERROR|CRITICAL):.*|^Traceback.*|.*never (?:retrieved|awaited).*|.*ResourceWarning.*", re.MULTILINE)
 _WARNING = re.compile(
@@ -72,6 +74,24 @@ def _target(address: str) -> tuple[str, str, int]:
     return scheme, host, int(port)
 
 
+class Lag:
+    """Knows for how long this process had no time for its tasks: a busy machine is nobody's fault."""
+
+    def __init__(self) -> None:
+        self.total = 0.0  # seconds, since the beginning
+
+    async def run(self) -> None:
+        """Watch the clock, until cancelled."""
+        due = trio.current_time()
+        while True:
+            due += _BEAT
+            await trio.sleep_until(due)
+            late = trio.current_time() - due
+            if late > _BEAT:
+                self.total += late
+                due += late
+
+
 class ServerProcess:
     """One server, which may be killed and started again any number of times, always at the same address.
 
@@ -80,11 +100,12 @@ class ServerProcess:
         counts: what those that stopped in order have counted, added up.
     """
 
-    def __init__(self, name: str, address: str, folder: Path, problems: Callable[[str], object]) -> None:
+    def __init__(self, name: str, address: str, folder: Path, problems: Callable[[str], object], lag: Lag) -> None:
         self.name = name
         self.address = address
         self._folder = folder
         self._problem = problems
+        self._lag = lag
         self._process: trio.Process | None = None
         self.starts = 0
         self.counts: Counter[str] = Counter()
@@ -135,11 +156,12 @@ class ServerProcess:
         process = self._process
         assert process is not None
         began = time.monotonic()
+        lag = self._lag.total
         self.send(signal.SIGTERM)
         with trio.move_on_after(PATIENCE):
             counted = await self._line()
             code = await process.wait()
-            took = time.monotonic() - began
+            took = time.monotonic() - began - (self._lag.total - lag)
             if code != 0 or not counted:
                 self._problem(f"{self.name} ended with {code}, counting {counted}: {self.log()[-2000:]}")
             elif counted["started"] != counted["finished"] or counted["left"]:
@@ -293,9 +315,9 @@ class Nemesis:
         return not self._ways
 
     @property
-    def all_done(self) -> bool:
-        """Whether it has done everything at least once."""
-        return all(self.deeds[name] for name in self._ways)
+    def undone(self) -> list[str]:
+        """What it has not done yet."""
+        return [name for name in self._ways if not self.deeds[name]]
 
     async def run(self) -> None:
         """Do harm, until cancelled; then all is well again."""

@@ -11,15 +11,18 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
 from tests.reference.kit import covers
-from tests.reference.soak import ANSWERED, HARMLESS, RESTARTS, SENT, WRONG, Client, Soak
-from tests.reference.soak_faults import ServerProcess, free_place
+from tests.reference.soak import ANSWERED, HARMLESS, KINDS, RESTARTS, SENT, WRONG, Client, Soak
+from tests.reference.soak_faults import Lag, ServerProcess, free_place
 from tests.reference.soak_server import ID
 from trio_dcore import ConnectionPool, Server, rpc
 from trio_dcore.client._call import call
@@ -43,11 +46,10 @@ async def test_n04_random_faults(transport: str, folder: Path) -> None:
     async with no_leaks():
         summary = await Soak([transport], folder, seed=4, clients=8, pace=3).run(3.0)
     assert not summary.problems, summary.markdown()
-    outcomes = summary.outcomes()
+    # How many of the calls are answered in time depends on what else the machine does; that there are some of each kind does not.
     assert all(summary.deeds[transport][deed] for deed in (*HARMLESS, *RESTARTS))
-    assert outcomes[ANSWERED] + outcomes[SENT] > summary.total / 2
+    assert all(summary.calls[transport, kind][SENT if kind == "note" else ANSWERED] for kind in KINDS)
     assert summary.servers[transport]["stops"] >= 3  # both at the end, and one before
-    assert len(summary.calls) >= 6  # of eight kinds
     assert f"{summary.total} calls in" in summary.markdown()
 
 
@@ -60,8 +62,8 @@ async def test_a_call_that_is_made_twice_is_noticed(folder: Path, monkeypatch: p
 
     monkeypatch.setattr("trio_dcore.client._rpc_call.call", twice)
     summary = await Soak(["tcp"], folder, seed=5, clients=4, deeds=()).run(0.3)
-    assert summary.problems
-    assert all(problem.endswith("answered, and started 2 times") for problem in summary.problems)
+    assert any(problem.endswith(": answered, and started 2 times") for problem in summary.problems)
+    assert all(re.fullmatch(r"request \(\d, \d+\): \w+, and started 2 times", problem) for problem in summary.problems)
 
 
 @linux
@@ -108,7 +110,7 @@ async def test_a_server_that_does_not_end_in_order_is_noticed(
 ) -> None:
     (folder / "broken.py").write_text(BROKEN.format(broken=broken), encoding="utf-8")
     found: list[str] = []
-    process = ServerProcess("tcp0", free_place("tcp", folder, "x", random.Random()), folder, found.append)
+    process = ServerProcess("tcp0", free_place("tcp", folder, "x", random.Random()), folder, found.append, Lag())
     monkeypatch.setattr("tests.reference.soak_faults.SERVER", [str(folder / "broken.py")])
     await process.start()
     try:
@@ -140,6 +142,37 @@ async def crashes(server, stop=module.stop_on_signals):
 {broken}
 module.main()
 """
+
+
+async def test_a_call_that_is_late_is_noticed_unless_everything_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The first of these comes too late by itself; during the second this process had no time for its tasks."""
+    soak = Soak(["unix"], folder, clients=1, deeds=())
+    client = Client(0, soak, ConnectionPool(), random.Random(0))
+
+    async def late(remote: object, id: tuple[int, int]) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(4)
+        if id[1] == 1:
+            soak.lag.total += 3
+
+    for _ in range(2):
+        await client.call("unix", soak.places[0][1], late, deadline=1)
+    (problem,) = soak.summary.problems
+    assert problem.startswith("late (0, 0) at ")
+    assert problem.endswith("ended 3.00 s after its deadline")
+
+
+async def test_the_lag_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    lag = Lag()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lag.run)
+        await trio.testing.wait_all_tasks_blocked()
+        time.sleep(0.3)  # noqa: ASYNC251  # as is meant
+        while lag.total < 0.25:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
 
 
 class TestJournal:

@@ -12,13 +12,15 @@ import trio
 import trio.testing
 
 from tests.reference import kit
-from tests.reference.kit import EXISTING, NAMES, Wire, covers, is_loud, reference
+from tests.reference.kit import EXISTING, NAMES, Wire, covers, is_loud, reference, until
 from tests.reference.test_d_calls_and_pool import counts_are_whole
 from trio_dcore import (
+    BatchedSend,
     CommClosedError,
     ConnectError,
     ConnectionPool,
     HandlerCancelled,
+    Limits,
     RPCClosed,
     Server,
     ServerClosing,
@@ -30,6 +32,10 @@ from trio_dcore.comm import _registry, get_transport, register_transport
 from trio_dcore.testing import FaultStream, MemoryNetwork, cancel_sweep, wire_sweep
 
 blocked = trio.testing.wait_all_tasks_blocked
+
+#: Two windows and more; but few bytes, since each is cut.
+COUNT = 7
+LIMITS = Limits(window=3)
 
 
 class Subject:
@@ -114,14 +120,14 @@ async def a_notify(remote: Any) -> None:
 
 
 async def a_stream(remote: Any) -> None:
-    async with remote.squares.stream(n=20) as stream:  # more than the window
-        assert [item async for item in stream] == [i * i for i in range(20)]
+    async with remote.squares.stream(n=COUNT) as stream:
+        assert [item async for item in stream] == [i * i for i in range(COUNT)]
 
 
 async def half_a_stream(remote: Any) -> None:
-    async with remote.squares.stream(n=20) as stream:
+    async with remote.squares.stream(n=COUNT) as stream:
         async for item in stream:
-            if item > 8:
+            if item > 8:  # of the second window
                 break
 
 
@@ -135,8 +141,6 @@ async def both_ways(remote: Any) -> None:
 
 
 USES = [a_call, two_calls, a_notify, a_stream, half_a_stream, both_ways]
-# Of these it is enough to cut every few bytes: the others have the same messages.
-REPETITIVE = (two_calls, half_a_stream)
 Use = Callable[[Any], Awaitable[None]]
 
 
@@ -164,10 +168,10 @@ def each_use(row: str, over: str) -> Callable[[Callable[[Wire, Use], Awaitable[N
 async def test_n01_a_client_from_nothing(wire: Wire, use: Use) -> None:
     """Connection, handshake, request, answer and end, cancelled at each step of either side."""
     subject = Subject(wire)
-    async with wire.server(subject.handlers) as (server, address):
+    async with wire.server(subject.handlers, limits=LIMITS) as (server, address):
 
         async def scenario() -> None:
-            async with wire.client(address) as remote:
+            async with wire.client(address, limits=LIMITS) as remote:
                 await use(remote)
 
         async def check() -> None:
@@ -181,7 +185,7 @@ async def test_n01_a_client_from_nothing(wire: Wire, use: Use) -> None:
 async def test_n01_a_client_with_a_pool(wire: Wire, use: Use) -> None:
     """The same with comms that are there already; the pool's counts are whole after each run."""
     subject = Subject(wire)
-    async with wire.server(subject.handlers) as (server, address), wire.pool(limit=2) as pool:
+    async with wire.server(subject.handlers, limits=LIMITS) as (server, address), wire.pool(limit=2, limits=LIMITS) as pool:
 
         async def scenario() -> None:
             await use(pool(address))
@@ -470,6 +474,42 @@ async def test_n02_streaming_with_a_full_window(wire: Wire) -> None:
         assert await cancel_sweep(scenario, check=check) > 10
 
 
+@reference("N02", "m i t u l")
+async def test_n02_batches(wire: Wire) -> None:
+    """BatchedSend, into stream handlers: each message was handled, in order, or is told as not sent or maybe not."""
+    handled: list[int] = []
+    streams: list[BatchedSend] = []
+
+    async with wire.make_server(stream_handlers={"note": lambda x: handled.append(x)}) as server:
+        address = await server.listen(wire.where)
+
+        async def scenario() -> None:
+            async with await wire.connect(address) as comm:
+                await comm.write({"op": "connection_stream", "reply": False})
+                async with BatchedSend(comm, wire.seconds(0.002)) as stream:
+                    streams.append(stream)
+                    for x in range(6):
+                        await stream.send_wait({"op": "note", "x": x})
+                        await trio.lowlevel.checkpoint()
+
+        async def check() -> None:
+            await until(lambda: server.statistics().connections == 0)
+            assert handled == list(range(len(handled)))
+            for stream in streams:
+                told = stream.maybe_sent + stream.unsent
+                assert [message["x"] for message in told] == list(range(stream.message_count - len(told), stream.message_count))
+                assert len(handled) >= stream.message_count - len(told)
+            streams.clear()
+            handled.clear()
+            await scenario()
+            await until(lambda: server.statistics().connections == 0)
+            assert handled == list(range(6))
+            streams.clear()
+            handled.clear()
+
+        assert await cancel_sweep(scenario, check=check) > 10
+
+
 # -- N03: the wire ---------------------------------------------------------------------------------------------------------------
 
 
@@ -509,7 +549,7 @@ def test_n03_cut_after_every_byte(use: Use) -> None:
         async def scenario(network: MemoryNetwork) -> None:
             subject = Subject(wire)
             faults = faults_of(network)
-            async with wire.make_server(subject.handlers) as server, wire.pool(limit=1) as pool:
+            async with wire.make_server(subject.handlers, limits=LIMITS) as server, wire.pool(limit=1, limits=LIMITS) as pool:
                 address = await server.listen("memory://")
                 try:
                     await use(pool(address))
@@ -522,8 +562,8 @@ def test_n03_cut_after_every_byte(use: Use) -> None:
                 await blocked()
                 assert server.statistics().connections == 1
 
-        every = 5 if use in REPETITIVE else 1
-        assert await wire_sweep(scenario, every=every) > 500 / every
+        # There are 154 bytes of handshake in each direction, and each byte is cut by an end and by a reset.
+        assert await wire_sweep(scenario) > 4 * (154 + 20)
 
     # In a run of its own, without the network of kit.run: the sweep makes one for each cut.
     trio.run(body, Wire("i", None), clock=trio.testing.MockClock(autojump_threshold=0))
@@ -534,14 +574,15 @@ def test_n03_cut_after_every_byte(use: Use) -> None:
 @pytest.mark.parametrize("side", ["client", "server"])
 @covers("N03", "t")
 def test_n03_cut_over_tcp(use: Use, side: str, how: Any) -> None:
-    """The same with real sockets, after every few bytes."""
+    """The same with real sockets; of the longer ones after every few bytes, as they have been cut everywhere above."""
+    step = 1 if use is a_call else 13
 
     async def body(wire: Wire) -> None:
         subject = Subject(wire)
-        async with wire.server(subject.handlers) as (server, address):
+        async with wire.server(subject.handlers, limits=LIMITS) as (server, address):
             after = 0
             while True:
-                async with wire.relay(address) as relay, wire.pool(limit=1) as pool:
+                async with wire.relay(address) as relay, wire.pool(limit=1, limits=LIMITS) as pool:
                     faults: list[FaultStream] = []
 
                     def cut(stream: trio.abc.Stream, which: str, after: int = after, faults: Any = faults) -> trio.abc.Stream:
@@ -565,7 +606,56 @@ def test_n03_cut_over_tcp(use: Use, side: str, how: Any) -> None:
                 assert server.statistics().connections == 0
                 if not was_cut:
                     break
-                after += 13
-        assert after > 100
+                after += step
+        assert after > 154
 
     kit.run(body, "t")
+
+
+@reference("N03", "t u l")
+async def test_n03_connecting(wire: Wire) -> None:
+    """The handshakes of TLS and of the comm, cut after every byte of either side: a comm that works, or a typed error; no hang."""
+    subject = Subject(wire)
+    cuts = 0
+    async with wire.server(subject.handlers) as (server, address), wire.client(address) as other:
+
+        async def is_cut(side: str, after: int, how: Any) -> bool:
+            was_cut = await is_cut_while_connecting(wire, address, side, after, how)
+            await until(lambda: server.statistics().connections <= 1)
+            assert (server.statistics().in_flight, subject.inside) == (0, 0)
+            # The one call was made at most once, and others are not disturbed.
+            assert await other.work(x=2) == 4
+            assert subject.worked in ([2], [1, 2])
+            subject.worked.clear()
+            return was_cut
+
+        for side in ("client", "server"):
+            # The handshake of TLS is thousands of bytes: there each is cut once, by an end or by a reset in turn.
+            for ways in (("eof", "reset"),) if wire.transport == "l" else (("eof",), ("reset",)):
+                after = 0
+                while await is_cut(side, after, ways[after % len(ways)]):
+                    after += 1
+                cuts += after
+        await subject.is_whole(server, address)
+    assert cuts > (3000 if wire.transport == "l" else 4 * 154)
+
+
+async def is_cut_while_connecting(wire: Wire, address: str, side: str, after: int, how: Any) -> bool:
+    """Connect and make a call while what one side sends is cut after so many bytes; whether it was."""
+    faults: list[FaultStream] = []
+
+    def cut(stream: trio.abc.Stream, which: str) -> trio.abc.Stream:
+        if which != side or faults:
+            return stream
+        faults.append(FaultStream(stream, cut_after=after, cut=how))
+        return faults[0]
+
+    async with wire.relay(address) as relay:
+        relay.wrap = cut
+        with trio.fail_after(10):
+            try:
+                async with await wire.connect(relay.address) as comm:
+                    assert await send_recv(comm, op="work", x=1) == 2
+            except BROKEN:
+                assert faults[0].was_cut
+    return faults[0].was_cut
