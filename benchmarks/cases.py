@@ -11,12 +11,26 @@ __all__ = ["CASES", "Case", "Group", "Probe", "Target"]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One row: a piece of work for one system."""
+    """One row: a piece of work for one system.
+
+    Args:
+        label: name of the row.
+        system: whose client does the work.
+        work: what is done, of ``work.py``.
+        params: its arguments.
+        server: whose server it is done with, if that is another system.
+    """
 
     label: str
     system: str
     work: str
     params: Mapping[str, Any]
+    server: str = ""
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """(system of the server, system of the client)."""
+        return self.server or self.system, self.system
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +132,31 @@ _UNIX = Group(
             "unix, rpc": ("ours_unix", _RPC),
             "tcp, comm": ("ours", _COMM),
             "unix, comm": ("ours_unix", _COMM),
+        },
+        count=1500,
+    ),
+    same_cpu=True,
+)
+
+
+def _bridge(work: str, rows: Mapping[str, tuple[str, str, str]], **params: Any) -> tuple[Probe, ...]:
+    """Rows as (the client's system, the server's, the op)."""
+    return tuple(Probe(label, client, work, {**_RPC, "op": op, **params}, server) for label, (client, server, op) in rows.items())
+
+
+_BRIDGE = Group(
+    "bridge",
+    _bridge(
+        "small_call",
+        {
+            "ours": ("ours", "ours", "add"),
+            "ours, async": ("ours", "ours", "add_async"),
+            "stock": ("stock", "stock", "add"),
+            "stock, async": ("stock", "stock", "add_async"),
+            "aio.rpc": ("aio", "ours", "add"),
+            "aio.Server, async": ("ours", "aio", "add_async"),
+            "aio, both ends": ("aio", "aio", "add"),
+            "open_loop, async": ("ours", "ours_loop", "add_async"),
         },
         count=1500,
     ),
@@ -260,6 +299,39 @@ CASES: tuple[Case, ...] = (
             Target("p50", "unix, rpc", "tcp, rpc", at_most=0.8),
             Target("p50", "unix, comm", "tcp, comm", at_most=0.8),
         ),
+    ),
+    Case(
+        "T14",
+        "sequential small call through the asyncio bridge",
+        _BRIDGE,
+        {"p50": "µs"},
+        (
+            Target("p50", "aio.rpc", "stock", at_most=1.5),
+            Target("p50", "aio, both ends", "stock", at_most=1.5),
+            Target("p50", "aio.Server, async", "stock, async", at_most=1.5),
+            Target("p50", "open_loop, async", "stock, async", at_most=1.5),
+        ),
+    ),
+    Case(
+        "T14",
+        "64 calls in flight through the asyncio bridge, one per connection",
+        Group(
+            "bridge, in flight",
+            _bridge(
+                "in_flight",
+                {
+                    "ours": ("ours", "ours", "add"),
+                    "stock": ("stock", "stock", "add"),
+                    "aio.rpc": ("aio", "ours", "add"),
+                    "aio, both ends": ("aio", "aio", "add"),
+                    "open_loop, async": ("ours", "ours_loop", "add_async"),
+                },
+                width=64,
+                seconds=0.4,
+            ),
+        ),
+        {"rate": "calls/s"},
+        (Target("rate", "aio.rpc", "stock", at_least=1.0), Target("rate", "aio, both ends", "stock", at_least=1.0)),
     ),
     Case(
         "T12",

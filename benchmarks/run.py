@@ -18,6 +18,7 @@ from . import imports
 from .cases import CASES, Case, Group, Probe
 from .processes import Peer, raise_file_limit
 from .report import Result, Round, as_json, as_table, judge
+from .systems import NAMES
 
 __all__ = ["main"]
 
@@ -36,7 +37,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="target",
         help="which cases keep server and client on one CPU: those whose target says so (default), all (--pin alone), none",
     )
-    parser.add_argument("--systems", metavar="NAMES", help="only these systems, comma separated, of ours,raw,stock")
+    parser.add_argument("--systems", metavar="NAMES", help=f"only these systems, comma separated, of {','.join(NAMES)}")
     parser.add_argument(
         "--json", metavar="FILE", help="write the results there as JSON as well; - writes JSON to stdout, no table"
     )
@@ -53,18 +54,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 class _Bench:
     """The processes of all systems, alive for the whole run, and what was measured with them."""
 
-    def __init__(self, stack: contextlib.ExitStack, systems: Sequence[str], pin: str, environ: dict[str, str]) -> None:
+    def __init__(self, stack: contextlib.ExitStack, pairs: Sequence[tuple[str, str]], pin: str, environ: dict[str, str]) -> None:
         self._pin = pin
         self._environ = environ
         self._cpu = max(os.sched_getaffinity(0))
-        self._pairs: dict[str, tuple[Peer, Peer, str]] = {}
-        for system in systems:
-            self._pairs[system] = self._start(stack, system)
+        self._servers = {name: self._serve(stack, name) for name in sorted({server for server, _ in pairs})}
+        self._clients = {name: self._client(stack, name) for name in sorted({client for _, client in pairs})}
 
-    def _start(self, stack: contextlib.ExitStack, system: str) -> tuple[Peer, Peer, str]:
+    def _serve(self, stack: contextlib.ExitStack, system: str) -> tuple[Peer, str]:
         server = stack.enter_context(Peer("server", system, environ=self._environ))
-        client = stack.enter_context(Peer("client", system, environ=self._environ))
-        return server, client, server.hear()["address"]
+        return server, server.hear()["address"]
+
+    def _client(self, stack: contextlib.ExitStack, system: str) -> Peer:
+        return stack.enter_context(Peer("client", system, environ=self._environ))
 
     def rounds(self, group: Group, probes: Sequence[Probe], count: int) -> list[Round]:
         """Measure a group's probes in turns."""
@@ -82,11 +84,13 @@ class _Bench:
     def _measure(self, group: Group, probe: Probe) -> dict[str, float]:
         if probe.work == "import":
             return {"import": imports.seconds(probe.label) - imports.seconds("interpreter")}
-        pair = self._pairs[probe.system]
         with contextlib.ExitStack() as stack:
-            return self._ask(group, probe, *(self._start(stack, probe.system) if group.fresh else pair))
+            there, here = probe.pair
+            server, address = self._serve(stack, there) if group.fresh else self._servers[there]
+            client = self._client(stack, here) if group.fresh else self._clients[here]
+            return self._ask(group, probe, server, address, client)
 
-    def _ask(self, group: Group, probe: Probe, server: Peer, client: Peer, address: str) -> dict[str, float]:
+    def _ask(self, group: Group, probe: Probe, server: Peer, address: str, client: Peer) -> dict[str, float]:
         one_cpu = self._pin == "all" or (self._pin == "target" and group.same_cpu)
         cpu = self._cpu if one_cpu else None
         with server.on_cpu(cpu), client.on_cpu(cpu):
@@ -117,14 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("  ".join(f"{key}: {value}" for key, value in setting.items()), flush=True)
     results: list[Result] = []
     measured: dict[str, list[Round]] = {}
-    needed = sorted({probe.system for case in cases for probe in case.group.probes if probe.system})
+    needed = sorted({probe.pair for case in cases for probe in case.group.probes if probe.system})
     if only is not None:
-        needed = [system for system in needed if system in only]
+        needed = [pair for pair in needed if set(pair) <= set(only)]
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         # distributed keeps a scratch directory under TMPDIR, which goes with this one.
         bench = _Bench(stack, needed, options.pin, {"TMPDIR": scratch})
         for case in cases:
-            probes = [probe for probe in case.group.probes if only is None or probe.system in needed]
+            probes = [probe for probe in case.group.probes if only is None or probe.pair in needed]
             if not probes:
                 continue
             if case.group.name not in measured:

@@ -36,14 +36,13 @@ async def small_call(system: System, address: str, server: int, *, how: str, op:
     return {"p50": statistics.median(laps), "cpu": cpu / count}
 
 
-async def in_flight(system: System, address: str, server: int, *, how: str, width: int, seconds: float) -> dict[str, float]:
+async def in_flight(
+    system: System, address: str, server: int, *, how: str, op: str = "add", width: int, seconds: float
+) -> dict[str, float]:
     """T2: ``width`` calls in flight all the time, each on a connection of its own."""
     # One rpc object opens a connection per call in flight by itself; a comm carries one call.
-    links: list[Link]
-    if how == "rpc":
-        links = [await system.open(address, how, "add")] * width
-    else:
-        links = [await system.open(address, how, "add") for _ in range(width)]
+    opened = [await system.open(address, how, op) for _ in range(1 if how == "rpc" else width)]
+    links: list[Link] = opened * (width // len(opened))
     clock = time.perf_counter
     done = 0
     end = float("inf")

@@ -23,6 +23,16 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # What a program prints, where the page promises it; the others only have to run.  What client and server print has no order.
 OUTPUTS = {
     "README.md:1": "3\n0\n1\n2\n3\n",
+    "payloads.md:1": "[0. 2. 4.]\n",
+    "payloads.md:2": "{'day': 23}\ndata\n2026-11-23\n",
+    "payloads.md:3": "sky: (480, 640)\n",
+    "payloads.md:4": "None: not less than a tenth of 8000000 bytes\nzlib: less than a tenth of 8000000 bytes\n",
+    "payloads.md:6": "pickled in the thread of trio: False\n('a table', 1)\n",
+    "payloads.md:5": "[1. 1. 1.]\nSerialized [1. 1. 1.]\n",
+    "aio-in-trio.md:1": "127.0.0.1\n0\n1\n2\n",
+    "aio-in-trio.md:2": "slept\n45\ncancelled: True\nof a group\n",
+    "aio-in-trio.md:3": "hello you, this is chat\ngoodbye\n",
+    "aio-in-trio.md:4": "cancelled: True\nmany steps: True\n",
     "tutorial.md:4": "25\n36\n49\n64\nnobody listens any more\n",
     "tutorial.md:5": "[1, 3, 6]\n",
     "tutorial.md:6": "cancelled over there, too\nand here we are\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -12,6 +13,8 @@ from types import ModuleType
 
 import pytest
 import trio
+
+from trio_dcore.aio import open_loop
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -35,12 +38,36 @@ PROGRAMS = {
         "failed: ValueError: math domain error",
         "the queue and its workers have ended",
     ],
+    "asyncio_in_trio": [
+        "HELLO",
+        "163e4956",
+        "tick 0",
+        "tick 1",
+        "tick 2",
+        "the ticks have ended",
+        "cancelled, as asyncio does it",
+        "A TRIO TASK CALLS IT, TOO",
+    ],
     "embedding": ["plausible: True", "server: closed"],
     "dask_from_trio": [
         "sum of 1000 squares: 332833500",
         "gave up waiting: True",
         "the cluster has time for others: 25",
         "scheduler: closed",
+    ],
+}
+
+ASYNCIO = {
+    "trio_in_asyncio": [
+        "menu: ('soup', 'stew')",
+        "served: ['hot soup', 'hot stew']",
+        "too slow",
+        "course 1",
+        "course 2",
+        "by hand: hot egg",
+        "the kitchen has closed",
+        "courses: cleared away",
+        "roast: sent back",
     ],
 }
 
@@ -60,7 +87,7 @@ def load(name: str) -> ModuleType:
 
 def test_every_example_is_listed_here_and_in_the_readme() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"server", *CLIENTS, *PROGRAMS}
+    assert names == {"server", *CLIENTS, *PROGRAMS, *ASYNCIO}
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert not [name for name in names if f"examples/{name}.py" not in readme]
 
@@ -84,15 +111,27 @@ async def test_server_and_client(name: str, capsys: pytest.CaptureFixture[str]) 
 async def test_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name == "numpy_echo":
         pytest.importorskip("numpy")
+    if name in ("asyncio_in_trio", "dask_from_trio"):
+        try:
+            open_loop()
+        except ImportError as error:
+            pytest.skip(str(error))
     if name == "dask_from_trio":
         pytest.importorskip("distributed")
-        pytest.importorskip("trio_asyncio")
     with trio.fail_after(30):
         await load(name).main()
     lines = capsys.readouterr().out.splitlines()
     # What two tasks print has no order between them.
     assert [line for line in PROGRAMS[name] if line not in lines] == []
     assert set(lines) - set(PROGRAMS[name]) <= {"watched: red"}
+
+
+@pytest.mark.parametrize("name", ASYNCIO)
+def test_asyncio_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # Not asyncio.run(): once trio_asyncio has been imported that makes one of its loops.
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(load(name).main())
+    assert capsys.readouterr().out.splitlines() == ASYNCIO[name]
 
 
 def test_the_job_queue_is_small() -> None:

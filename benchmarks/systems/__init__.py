@@ -9,7 +9,7 @@ from typing import Any, Protocol
 __all__ = ["NAMES", "AsyncFn", "BulkSystem", "Call", "Link", "StreamSystem", "System", "load"]
 
 #: Module names below this package.
-NAMES = ("ours", "ours_unix", "raw", "stock")
+NAMES = ("aio", "ours", "ours_loop", "ours_unix", "raw", "stock")
 
 Call = Callable[[], Awaitable[Any]]
 AsyncFn = Callable[..., Coroutine[Any, Any, Any]]

@@ -40,8 +40,13 @@ def _sink(data: Any) -> int:
     return int(data.nbytes)
 
 
+async def _add_async(x: int, y: int) -> int:
+    return x + y
+
+
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "add": _add,
+    "add_async": _add_async,
     "add_unwatched": run_to_end(_add),
     "add_checkpoint": _add_checkpoint,
     "add_checkpoint_unwatched": run_to_end(_add_checkpoint),

@@ -21,6 +21,10 @@ def _add(x: int, y: int) -> int:
     return x + y
 
 
+async def _add_async(x: int, y: int) -> int:
+    return x + y
+
+
 async def _add_checkpoint(x: int, y: int) -> int:
     await asyncio.sleep(0)
     return x + y
@@ -39,7 +43,14 @@ def _sink(data: Any) -> int:
     return int(data.nbytes)
 
 
-_HANDLERS = {"add": _add, "add_checkpoint": _add_checkpoint, "emit": _emit, "echo_array": _echo_array, "sink": _sink}
+_HANDLERS = {
+    "add": _add,
+    "add_async": _add_async,
+    "add_checkpoint": _add_checkpoint,
+    "emit": _emit,
+    "echo_array": _echo_array,
+    "sink": _sink,
+}
 
 
 class _RpcLink:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -16,6 +17,17 @@ Main = Callable[[], Coroutine[Any, Any, T]]
 
 # No test waits so long for anything.
 PATIENCE = 20.0
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """A loop of asyncio's own, also where trio_asyncio has been imported, which changes what asyncio's functions make."""
+    return asyncio.SelectorEventLoop() if sys.platform != "win32" else asyncio.ProactorEventLoop()
+
+
+def run_plainly(main: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run(main)``, in such a loop."""
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        return runner.run(main)
 
 
 async def _warm() -> None:
@@ -35,7 +47,7 @@ class Runner:
         self.name = name
         self.log = log
         self.loud = False
-        self.factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+        self.factory: Callable[[], asyncio.AbstractEventLoop] = new_loop
         if name == "uvloop":
             self.factory = pytest.importorskip("uvloop").new_event_loop
             with asyncio.Runner(loop_factory=self.factory) as runner:

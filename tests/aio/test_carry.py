@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.aio.running import Runner
+from tests.aio.running import Runner, new_loop
 from trio_dcore.aio import Portal, PortalClosed, open_trio, run_in_asyncio, run_in_trio
 from trio_dcore.aio import _carry as carry
 
@@ -601,7 +601,7 @@ def test_a_loop_that_is_closed_takes_no_call(run: Runner) -> None:
             await run_in_asyncio(loop, asyncio.sleep, 0)
 
     async def main() -> None:
-        other = asyncio.new_event_loop()
+        other = new_loop()
         other.close()
         async with open_trio() as portal:
             await portal.run(in_trio, other)

@@ -11,9 +11,12 @@ import pytest
 import trio
 import trio.testing
 
+from tests.aio.available import needs_trio_asyncio
 from trio_dcore import LocalProtocolError
 from trio_dcore.aio import enter_asyncio, open_loop
 from trio_dcore.testing import cancel_sweep, no_leaks
+
+pytestmark = needs_trio_asyncio
 
 
 class Manager:

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import trio
-import trio_asyncio
 
+from tests.aio.available import needs_trio_asyncio
 from trio_dcore.aio import open_loop, run_asyncio
 from trio_dcore.testing import no_leaks
+
+pytestmark = needs_trio_asyncio
 
 
 async def run_in(executor: concurrent.futures.Executor | None, function: Callable[..., Any], *args: Any) -> Any:
@@ -46,6 +48,8 @@ async def test_an_executor_of_ones_own() -> None:
 
 async def test_trio_asyncios_executor() -> None:
     async with no_leaks(), open_loop() as loop:
+        import trio_asyncio  # as open_loop() imports it: not at the top, where it warns, and changes asyncio for everybody
+
         executor = trio_asyncio.TrioExecutor(max_workers=1)
         assert await run_asyncio(run_in, executor, pow, 2, 5) == 32
         loop.set_default_executor(executor)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.aio.running import Runner
+from tests.aio.running import Runner, new_loop, run_plainly
 from trio_dcore import aio
 from trio_dcore.aio import PortalClosed, open_trio
 from trio_dcore.aio._guest import HOLDER_NAME, acquire_portal
@@ -172,7 +172,7 @@ def test_a_portal_is_for_one_loop(run: Runner) -> None:
 
     async def main() -> None:
         async with open_trio() as portal:
-            await asyncio.to_thread(asyncio.run, elsewhere(portal))
+            await asyncio.to_thread(run_plainly, elsewhere(portal))
             await asyncio.get_running_loop().shutdown_default_executor()
 
     run(main)
@@ -342,7 +342,7 @@ def test_a_loop_that_is_run_again_and_again() -> None:
         await server.close()
 
     with no_leaks():
-        loop = asyncio.new_event_loop()
+        loop = new_loop()
         try:
             for _ in range(2):
                 server, remote = loop.run_until_complete(begin())
@@ -362,7 +362,7 @@ def test_several_loops_in_several_threads() -> None:
             results.append([await remote.add(x=n, y=m) for m in range(20)])
 
     with no_leaks():
-        threads = [threading.Thread(target=lambda n=n: asyncio.run(main(n))) for n in range(4)]
+        threads = [threading.Thread(target=lambda n=n: run_plainly(main(n))) for n in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -380,9 +380,9 @@ def test_a_pool_of_another_loop_says_so() -> None:
         await remote.echo()
         return remote, server.address
 
-    remote, address = asyncio.run(first())
+    remote, address = run_plainly(first())
     with pytest.raises(RuntimeError, match="event loop"):
-        asyncio.run(use(remote, address))
+        run_plainly(use(remote, address))
 
 
 def program(text: str, *, interrupt: bool = False) -> subprocess.CompletedProcess[str]:

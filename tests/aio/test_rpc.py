@@ -292,7 +292,7 @@ def test_a_stream_in_a_block(run: Runner, where: str, count: int) -> None:
                     await stream.receive()
                 with pytest.raises(LocalProtocolError):
                     await stream.__aenter__()
-            assert remote._bound.pool.open == 1
+            assert remote.pool.open == 1
 
     run(main)
 
@@ -410,7 +410,7 @@ def test_cancelled_while_opening_and_while_closing(run: Runner) -> None:
                 await asyncio.wait([task])
                 assert task.cancelled() or task.exception() is None
             assert await remote.add(x=1, y=1) == 2
-            assert remote._bound.pool.active == 0
+            assert remote.pool.active == 0
 
     run(main)
 

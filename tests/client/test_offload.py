@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from trio_dcore import Comm, CommClosedError, SerializationError, Server, ToPickle, connect, rpc
+from trio_dcore import Comm, CommClosedError, Limits, SerializationError, Server, ToPickle, connect, rpc
 from trio_dcore.abc import OFFLOAD
 from trio_dcore.testing import no_leaks
 
@@ -188,6 +188,37 @@ async def test_a_handler_with_large_arguments_is_not_called_for_a_caller_who_has
         nursery.cancel_scope.cancel()
     gate.open.set()
     await soon(lambda: server.statistics().connections == 0)
+
+
+@pytest.mark.parametrize("where", ["request", "answer", "reading the answer", "item", "reading an item"])
+async def test_nobody_is_taken_for_dead_while_a_thread_works(gate: Gate, where: str) -> None:
+    """Nor is anybody asked about a request that was not made yet."""
+    limits = Limits(ping_interval=0.02, ping_timeout=0.02)
+
+    async def items(kind: str) -> AsyncIterator[Any]:
+        yield make(kind)
+
+    def make(kind: str) -> Any:
+        return Received("x") if kind.startswith("reading") else Sent("x")
+
+    async with Server({"same": lambda x: x, "items": items, "make": make}, limits=limits) as server:
+        async with rpc(await server.listen("tcp://127.0.0.1:0"), limits=limits) as remote, trio.open_nursery() as nursery:
+
+            async def open_later() -> None:
+                await gate.arrived.wait()
+                await trio.sleep(0.2)
+                gate.open.set()
+
+            nursery.start_soon(open_later)
+            if where == "request":
+                assert await remote.same(x=Sent("x")) == "x"
+            elif where.endswith("answer"):
+                assert await remote.make(kind=where) == "x"
+            else:
+                async with remote.items.stream(kind=where) as stream:
+                    assert [item async for item in stream] == ["x"]
+        assert gate.held
+        assert server.statistics().errors == 0
 
 
 async def test_a_server_that_stops_now_does_not_wait_for_threads(gate: Gate) -> None:

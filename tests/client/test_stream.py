@@ -472,7 +472,7 @@ class TestLeaving:
                 await stream.__aenter__()
             assert await all_of(stream) == [0]
 
-    @pytest.mark.parametrize("name", ["reply", "close", "deserializers"])
+    @pytest.mark.parametrize("name", ["reply", "close"])
     async def test_keywords_without_a_meaning(self, name: str, serving: Any) -> None:
         async with serving({}) as (_server, remote):
             with pytest.raises(TypeError, match=f"'{name}' has no meaning for a stream"):
@@ -618,6 +618,35 @@ class TestTheConnectionEnds:
                     for i in range(17):
                         await stream.send(i)
             assert remote.pool.open == 0
+
+    async def test_goodbye_to_who_only_sends(self, where: str, scripted: Any) -> None:
+        async def script(comm: Any, number: int) -> None:
+            request = await comm.read()
+            await comm.write((GOODBYE, request[KEY]["id"] - 1, None))
+
+        async with scripted(where, script) as address, rpc(address) as remote:
+            async with remote.anything.stream() as stream:
+                with pytest.raises(ServerClosing, match="did not start 'anything'"):
+                    for i in range(16):
+                        await wait_all_tasks_blocked(0.01)
+                        await stream.send(i)
+            assert remote.pool.open == 0
+
+    async def test_what_the_server_said_before_it_went_is_kept(self, where: str, scripted: Any) -> None:
+        async def script(comm: Any, number: int) -> None:
+            await comm.read()
+            await comm.write((ITEM, 1, "item"))
+            await comm.write((ERROR, 1, error_value(ValueError("no luck"), trusted=True)))
+
+        async with scripted(where, script) as address, rpc(address) as remote:
+            async with remote.anything.stream() as stream:
+                with pytest.raises(CommClosedError):
+                    for i in range(16):
+                        await wait_all_tasks_blocked(0.01)
+                        await stream.send(i)
+                assert await stream.receive() == "item"
+                with pytest.raises(ValueError, match="no luck"):
+                    await stream.receive()
 
     async def test_what_is_sent_while_it_connects_anew(self, where: str, scripted: Any) -> None:
         async def script(comm: Any, number: int) -> None:

@@ -16,7 +16,7 @@ import trio.testing
 from trio_dcore import Serialize, Serialized, ToPickle
 from trio_dcore.abc import OFFLOAD, CommSettings
 from trio_dcore.comm._offload import in_worker
-from trio_dcore.errors import CommClosedError, SerializationError
+from trio_dcore.errors import CommClosedError, LimitExceeded, SerializationError
 from trio_dcore.protocol import Limits
 
 PATIENCE = 10.0
@@ -467,7 +467,7 @@ async def test_a_large_message_is_decoded_in_a_thread_and_nobody_reads_meanwhile
             nursery.start_soon(writer)
             nursery.start_soon(reader)
             await gate.arrived.wait()
-            assert framed.server.reading
+            assert not framed.server.reading  # he would not notice a pong, nor the end
             with pytest.raises(trio.BusyResourceError):
                 await framed.server.read()
             await framed.server.write("the other direction")
@@ -510,6 +510,20 @@ async def test_a_read_of_a_closed_comm_is_cancelled(framed: Any) -> None:
             nursery.cancel_scope.cancel()
     with pytest.raises(CommClosedError):
         await framed.server.read()
+
+
+@pytest.mark.parametrize("codec", ["lz4", "snappy", "zlib", "zstd"])
+async def test_what_a_stranger_compressed_is_bounded_there_too(new_pair: Any, codec: str) -> None:
+    """Some codecs tell what they become, of others that shows in the thread."""
+    limits = Limits(message=1_000_000)
+    async with new_pair("memory", trusted=False, capacity=2**20, limits=limits, offload=1000, compression=codec) as pair:
+        await pair.client.write(Serialize(bytes(500_000)))
+        assert await pair.server.read() == bytes(500_000)
+        await pair.client.write({"a": Serialize(bytes(500_000)), "b": Serialize(bytes(2_000_000))})
+        await pair.client.write("next")
+        with pytest.raises(LimitExceeded):
+            await pair.server.read()
+        assert await pair.server.read() == "next"
 
 
 @pytest.mark.parametrize("kind", ["stream", "memory"])

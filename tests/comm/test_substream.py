@@ -186,7 +186,7 @@ class TestReceiving:
             assert (await read(theirs))[0] == WINDOW
             # Whoever finds it while it waits for credit isn't told: it is none of its business.
             await theirs.write((ITEM, 5, to_serialize(lock)), serializers=["msgpack"])
-            theirs.write_soon((WINDOW, 5, (1, 0)))
+            await theirs.write((WINDOW, 5, (1, 0)))
             await stream.send("x")
             with pytest.raises(TypeError):
                 await stream.receive()
@@ -372,7 +372,7 @@ class TestSending:
                 nursery.start_soon(send)
                 await wait_all_tasks_blocked(0.01)
                 assert sent == [0, 1]
-                theirs.write_soon((WINDOW, 5, (1, 0)))
+                await theirs.write((WINDOW, 5, (1, 0)))
                 await wait_all_tasks_blocked(0.01)
                 assert sent == [0, 1, 2]
                 await theirs.write((WINDOW, 5, (0, 100)))

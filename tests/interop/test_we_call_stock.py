@@ -17,6 +17,7 @@ from distributed.core import error_message
 from distributed.protocol import Serialize as StockSerialize
 
 from trio_dcore import CommClosedError, ConnectionPool, RemoteError, Serialized, connect, send_recv, to_serialize
+from trio_dcore.protocol import exception_from_reply
 
 
 class OddError(Exception):
@@ -292,6 +293,28 @@ async def test_a_data_dict_with_status_error_is_data(stock: Any, connected: Any)
     answer = {"status": "error", "exception": "not raised", "keys": ("a",)}
     async with stock.serve({"answer": lambda: answer}) as server, connected("rpc", server.address) as remote:
         assert await remote.answer() == answer
+
+
+async def test_an_error_that_stock_returns_can_be_made_an_exception(stock: Any, connected: Any) -> None:
+    """As Dask's ``run`` answers: a message that is data, for which Dask's users have ``clean_exception``."""
+
+    def run() -> Any:
+        try:
+            raise OddError(5, "there")
+        except OddError as error:
+            return error_message(error)
+
+    async with stock.serve({"run": run}) as server, connected("rpc", server.address) as remote:
+        answer = await remote.run()
+    assert answer["status"] == "error"
+    found = exception_from_reply(answer, allow_pickle=lambda: True)
+    assert isinstance(found, OddError)
+    assert isinstance(found, RemoteError)
+    assert found.code == 5
+    assert "in run" in found.remote_traceback
+    found = exception_from_reply(answer, allow_pickle=lambda: False)
+    assert not isinstance(found, OddError)
+    assert "OddError(5, 'there')" in str(found)
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------------------

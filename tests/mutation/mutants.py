@@ -25,6 +25,7 @@ MODULES = (
     "server/_room.py",
     "server/_streams.py",
     "server/_drive.py",
+    "server/_pinger.py",
     "comm/_comm.py",
     "comm/_writing.py",
     "comm/_substream.py",
@@ -33,11 +34,14 @@ MODULES = (
     "comm/_hangup.py",
     "comm/_connect.py",
     "comm/_inproc.py",
+    "comm/_ahead.py",
+    "comm/_silence.py",
     "comm/_batched.py",
     "client/_call.py",
     "client/_pool.py",
     "client/_pool_policy.py",
     "client/_stream.py",
+    "client/_pinger.py",
 )
 
 #: What each rule does; a place that several of them find is a mutant of the first.

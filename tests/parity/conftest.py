@@ -42,6 +42,8 @@ def make_place(kind: str, tmp_path: Path) -> Place:
         return Place("tls://127.0.0.1:0", ours().security())
     if kind == "tcp6" and not has_ipv6():
         pytest.skip("this machine has no IPv6")
+    if kind == "unix" and not hasattr(socket, "AF_UNIX"):
+        pytest.skip("this system has no unix sockets")
     addresses = {
         "default": "127.0.0.1:0",
         "tcp": "tcp://127.0.0.1:0",
@@ -63,7 +65,7 @@ def has_ipv6() -> bool:
 
 @pytest.fixture(autouse=True)
 async def leaves_nothing() -> AsyncIterator[None]:
-    """No task, descriptor or thread is left, and no exception that nobody could see."""
+    """No task, descriptor or thread is left, and no exception that nobody could see.  (So every test here is async.)"""
     async with no_leaks():
         yield
 

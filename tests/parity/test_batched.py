@@ -7,9 +7,10 @@ from typing import Any
 import numpy
 import pytest
 import trio
+import trio.testing
 
 from tests.parity.conftest import Place
-from trio_dcore import BatchedSend, Comm, Server, connect, to_serialize
+from trio_dcore import BatchedSend, Comm, CommClosedError, Server, connect, to_serialize
 
 
 class Echo:
@@ -27,6 +28,44 @@ class Echo:
                     await self.sent.send_wait(message)
                 if "end" in [message for message in batch if isinstance(message, str)]:
                     break
+
+
+async def test_BatchedSend(place: Place) -> None:
+    """What is sent in one go arrives as one tuple; the repr says how many messages wait; bytes are counted."""
+    async with Server({"echo": Echo()}, **place.options) as server:
+        async with await connect(await server.listen(place.address), **place.options) as comm:
+            await comm.write({"op": "echo", "reply": False})
+            async with BatchedSend(comm, interval=0.01) as stream:
+                assert "0 in buffer" in repr(stream)
+                stream.send("hello", "hello")
+                stream.send("world")
+                assert "3 in buffer" in repr(stream)
+                assert tuple(await comm.read()) == ("hello", "hello", "world")
+                assert "0 in buffer" in repr(stream)
+            assert (stream.message_count, stream.batch_count) == (3, 1)
+            assert stream.byte_count > 0
+
+
+async def test_send_before_close(place: Place) -> None:
+    """What waits leaves with the end, after which nothing can be sent; closing again, or a closed comm's, is fine."""
+    async with Server({"echo": Echo()}, **place.options) as server:
+        address = await server.listen(place.address)
+        async with await connect(address, **place.options) as comm:
+            await comm.write({"op": "echo", "reply": False})
+            async with BatchedSend(comm, interval=3600) as stream:
+                stream.send("first")
+                await trio.testing.wait_all_tasks_blocked()
+                stream.send("second")
+                for _ in range(2):
+                    await stream.aclose()
+                assert stream.closed()
+                with pytest.raises(CommClosedError):
+                    stream.send("third")
+            await stream.aclose()
+            assert [message for _ in range(2) for message in await comm.read()] == ["first", "second"]
+            async with BatchedSend(comm) as stream:
+                await comm.close()
+                await stream.aclose()
 
 
 async def test_stress(place: Place) -> None:

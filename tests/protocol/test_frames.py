@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trio_dcore.protocol import _frames
+from trio_dcore.protocol._buffers import join
 from trio_dcore.protocol._errors import LimitExceeded, RemoteProtocolError
 from trio_dcore.protocol._frames import HANDSHAKE, FrameParser, allocate, join_small, looks_like, pack_prelude, single_frame
 from trio_dcore.protocol._limits import GiB, KiB, Limits, MiB
@@ -380,6 +381,44 @@ class TestCost:
         for buffer in buffers:
             buffer[:1] = b"\xff"[: len(buffer)]
         assert [sum(buffer[1:2]) for buffer in buffers] == [0] * 10
+
+    @pytest.mark.parametrize("feed", [by_feeding, by_receiving, as_a_pump_does])
+    @pytest.mark.parametrize("size", [64 * KiB, 10**7])
+    def test_pieces_of_an_array_lie_in_one_buffer(self, feed: Any, size: int) -> None:
+        """As stock Dask sends one of more than 64 MiB, where ``outer`` counts them; behind them may come a header and another array."""
+        pieces = [bytes([n]) * (MiB + n) for n in range(3)] + [b"end"]
+        other = [b"header", bytes(2 * MiB), bytes(MiB)]
+        parser = FrameParser(OFF)
+        data = wire([b"head", b"header", *pieces, *other], counted=2 + len(pieces)) + wire([b"head", *pieces])
+        first, second = feed(parser, cut(data, size))
+        for frames in (first[2:6], second[1:]):
+            assert [bytes(frame) for frame in frames] == pieces
+            assert len({id(frame.obj) for frame in frames}) == 1
+            joined: Any = join(frames)
+            assert joined.obj is frames[0].obj
+            assert bytes(joined) == b"".join(pieces)
+            joined[0] = 77
+            assert frames[0][0] == 77
+        assert [bytes(frame) for frame in first[6:]] == other
+        assert len({id(memoryview(frame).obj) for frame in [*first[1:3], *first[6:], second[1]]}) == 6
+
+    def test_large_frames_that_are_not_counted_have_memory_of_their_own(self) -> None:
+        parser = FrameParser(OFF)
+        (frames,) = by_feeding(parser, cut(wire([b"head", *[bytes(2 * MiB)] * 4], counted=2), 64 * KiB))
+        assert len({id(memoryview(frame).obj) for frame in frames[1:]}) == 4
+
+    @SOBER
+    @given(st.lists(st.binary(max_size=30), min_size=1, max_size=8), st.data())
+    def test_any_run_of_pieces(self, frames: list[bytes], drawn: Any) -> None:
+        frames[0] = frames[0] or b"x"
+        counted = drawn.draw(st.integers(0, len(frames)))
+        data = wire(frames, counted) + wire(frames)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_frames, "_PIECE", drawn.draw(st.integers(1, 12)))
+            patch.setattr(_frames, "_DIRECT", 1)
+            feed = drawn.draw(st.sampled_from([by_feeding, by_receiving, as_a_pump_does]))
+            found = feed(FrameParser(OFF), cut(data, drawn.draw(st.integers(1, 40))))
+        assert [[bytes(frame) for frame in message] for message in found] == [frames, frames]
 
     def test_no_memory_from_a_number(self) -> None:
         """What is claimed costs address space; memory is taken only by what comes."""

@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from tests.reference.kit import Journal, Outcome, Wire, quickest, reference
-from trio_dcore import HandlerCancelled, Server, Status, in_thread, rpc
-from trio_dcore.testing import cancel_sweep
+from trio_dcore import Comm, HandlerCancelled, Server, Status, in_thread, rpc
+from trio_dcore.protocol._envelope import KEY, PING, PONG, WINDOW
+from trio_dcore.testing import ManualPeer, cancel_sweep
 
 
 class Scoped:
@@ -92,6 +93,53 @@ async def test_b01_cancelled_means_now(wire: Wire) -> None:
         assert this.server.status is Status.closed
         assert cut(outcome)
         assert journal.entries == ["started", "cancelled", "finally"]
+
+
+@reference("B01", "m t u l")
+async def test_b01_a_peer_that_talks_without_a_pause(wire: Wire) -> None:
+    """What it sends is no news, and always there: a read that need not wait must not keep its handler from being cancelled."""
+
+    async def items() -> AsyncIterator[int]:
+        started.set()
+        yield 1  # there is no credit for it
+
+    async def reads(comm: Comm) -> None:
+        started.set()
+        await comm.read()
+
+    async def writes(comm: Comm) -> None:
+        started.set()
+        while True:  # until nothing goes any more
+            await comm.write(bytes(500_000))
+
+    async def talk(peer: ManualPeer, message: tuple[Any, ...]) -> None:
+        with trio.move_on_after(5):
+            while True:
+                try:
+                    await peer.send_bytes(peer.encode(message) * 500)
+                except trio.BrokenResourceError:
+                    break
+                await trio.lowlevel.checkpoint()
+
+    for op, window in (("items", (0, 2**30)), ("reads", (1, 1)), ("writes", (1000, 2**30))):
+        for message in ((PONG, 1, None), (PING, 1, None), (WINDOW, 1, (0, 0))):
+            started = trio.Event()
+            async with (
+                scoped(Scoped.serve, wire, {"items": items, "reads": reads, "writes": writes}) as this,
+                await wire.manual(this.address) as peer,
+                trio.open_nursery() as nursery,
+            ):
+                await peer.handshake(extension=True)
+                await peer.send({"op": op, "reply": True, KEY: {"id": 1, "stream": True, "window": window}})
+                await started.wait()
+                nursery.start_soon(talk, peer, message)
+                for _ in range(20):
+                    await trio.lowlevel.checkpoint()
+                with wire.now():
+                    this.scope.cancel()
+                    await this.ended.wait()
+                nursery.cancel_scope.cancel()
+            assert this.scope.cancelled_caught
 
 
 @reference("B02", "m i t u l")

@@ -245,7 +245,7 @@ async def test_i03_a_slow_consumer(wire: Wire) -> None:
                 found.append(item)
                 assert producer.made <= len(found) + WINDOW + 1
                 if len(found) in (1, 57):
-                    await trio.sleep(wire.seconds(7))
+                    await trio.sleep(wire.seconds(4))
                     await blocked(0.001)
                     # It stands still, and not for want of room.
                     assert min(200, len(found) + WINDOW // 2) <= producer.made <= len(found) + WINDOW + 1
@@ -269,14 +269,14 @@ async def test_i03_large_items(wire: Wire) -> None:
         wire.client(address, **options) as remote,
         remote.large.stream() as stream,
     ):
-        await trio.sleep(wire.seconds(7))
+        await trio.sleep(wire.seconds(4))
         if wire.transport != "i":  # which counts items only
             assert producer.made <= 3
         found = []
         async for item in stream:
             found.append((item[0], len(item)))
             if len(found) == 5:
-                await trio.sleep(wire.seconds(7))
+                await trio.sleep(wire.seconds(4))
         assert found == [(number, 3_000_000) for number in range(12)]
 
 
@@ -310,7 +310,7 @@ async def test_i03_a_slow_handler(wire: Wire) -> None:
                 sent += 1
             await stream.send_eof()
 
-        await trio.sleep(wire.seconds(7))
+        await trio.sleep(wire.seconds(4))
         await blocked(0.01)
         assert taken == list(range(21))
         assert 21 + WINDOW // 2 <= sent <= 21 + WINDOW

@@ -14,6 +14,7 @@ import trio.testing
 from tests.reference.kit import Journal, Outcome, Wire, covers, reference
 from tests.reference.test_d_calls_and_pool import Cancellable, Held, counts_are_whole
 from trio_dcore import HandlerCancelled, current_request, rpc
+from trio_dcore.protocol._envelope import PONG
 from trio_dcore.protocol._remote_errors import error_value
 from trio_dcore.testing import ManualPeer, MemoryStreamListener
 
@@ -55,6 +56,44 @@ async def test_j01_a_deadline_that_has_passed_starts_nothing(wire: Wire) -> None
         assert await pool(address).echo(data=2) == 2
         assert journal.entries == []
         assert server.statistics().connections == 1
+
+
+@reference("J01", "t u l")
+async def test_j01_a_server_that_talks_without_a_pause(wire: Wire) -> None:
+    """What comes is no answer, or items without end, and always there; the caller is free in time all the same."""
+
+    async def items(remote: rpc) -> None:
+        async with remote.anything.stream() as stream:
+            async for _ in stream:
+                pass
+
+    async def send(remote: rpc) -> None:
+        async with remote.anything.stream() as stream:
+            await stream.send(bytes(30_000_000))
+
+    async def call(remote: rpc) -> None:
+        await remote.anything()
+
+    for use, message in ((call, (PONG, 1, None)), (items, (PONG, 1, None)), (send, (PONG, 1, None)), (items, "item")):
+
+        async def talk(peer: ManualPeer) -> None:
+            await peer.handshake(extension=message != "item")  # noqa: B023
+            await peer.receive()
+            data = peer.encode(message) * 500  # noqa: B023
+            with trio.move_on_after(5):
+                while True:
+                    try:
+                        await peer.send_bytes(data)
+                    except trio.BrokenResourceError:
+                        break
+                    await trio.lowlevel.checkpoint()
+
+        async with wire.scripted(talk) as address, wire.client(address) as remote:
+            with wire.lasts(0.5):
+                with trio.move_on_after(wire.seconds(0.5)) as scope:
+                    await use(remote)
+                assert scope.cancelled_caught
+            assert remote.pool.open == 0
 
 
 @reference("J02", "m t")

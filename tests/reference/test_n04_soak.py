@@ -144,9 +144,7 @@ module.main()
 """
 
 
-async def test_a_call_that_is_late_is_noticed_unless_everything_was(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_a_call_that_is_late_is_noticed_unless_everything_was(folder: Path, autojump_clock: trio.testing.MockClock) -> None:
     """The first of these comes too late by itself; during the second this process had no time for its tasks."""
     soak = Soak(["unix"], folder, clients=1, deeds=())
     client = Client(0, soak, ConnectionPool(), random.Random(0))
@@ -164,7 +162,7 @@ async def test_a_call_that_is_late_is_noticed_unless_everything_was(
     assert problem.endswith("ended 3.00 s after its deadline")
 
 
-async def test_the_lag_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_lag_of_a_process() -> None:
     lag = Lag()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lag.run)

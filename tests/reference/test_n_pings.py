@@ -224,7 +224,7 @@ async def test_n03_cut_while_pings_flow(use: Callable[[Any], Awaitable[None]], a
             assert await pool(address).quick() == "quick"
             subject.check()
 
-    assert await wire_sweep(scenario) > 4 * (154 + 80)
+    assert await wire_sweep(scenario, first=154) > 4 * 80  # the handshake has nothing to do with pings
 
 
 # -- silence ---------------------------------------------------------------------------------------------------------------------

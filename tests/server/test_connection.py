@@ -24,10 +24,12 @@ from trio_dcore import (
     LimitExceeded,
     Limits,
     NotAllowed,
+    Overloaded,
     RemoteError,
     RemoteProtocolError,
     SerializationError,
     Server,
+    ServerClosing,
     Status,
     ToPickle,
     UnknownOp,
@@ -1569,3 +1571,34 @@ async def test_a_connection_that_breaks_in_an_unexpected_way_is_logged_and_count
         assert server.statistics().errors == 1
         assert await remote.echo(x=1) == 1
     assert "BusyResourceError" in caplog.text
+
+
+@pytest.mark.parametrize("meanwhile", ["stop", "full"])
+async def test_what_came_while_a_request_was_decoded_counts(
+    meanwhile: str, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a thread does that may take its time: what refuses a request then refuses it all the same."""
+    started = []
+
+    async def work(x: Any = None) -> None:
+        started.append(x)
+        await trio.sleep_forever()
+
+    async with serving({"work": work}, "tcp://127.0.0.1:0", limits=Limits(requests=1)) as (server, remote):
+        unpack = FramedComm.unpack
+
+        async def slowly(comm: Any, frames: Any, deserializers: Any = None) -> Any:
+            if comm.serving:
+                if meanwhile == "stop":
+                    server.stop(1)
+                else:
+                    nursery.start_soon(remote.work)
+                await wait_all_tasks_blocked(0.02)
+            return await unpack(comm, frames, deserializers)
+
+        monkeypatch.setattr(FramedComm, "unpack", slowly)
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(ServerClosing if meanwhile == "stop" else Overloaded):
+                await remote.work(x=to_serialize(b"x"))
+            assert started == ([] if meanwhile == "stop" else [None])
+            nursery.cancel_scope.cancel()

@@ -262,6 +262,21 @@ async def test_every_few_bytes(autojump_clock: Clock) -> None:
     assert 0 < some < all_of_them
 
 
+async def test_from_some_byte_on(autojump_clock: Clock) -> None:
+    cuts: set[tuple[str, int]] = set()
+
+    async def scenario(network: MemoryNetwork) -> None:
+        ends = note_ends(network)
+        try:
+            await exchange(network)
+        finally:
+            cuts.update((side, end.sent) for side, end in ends if end.was_cut)
+
+    # Nothing follows behind the last byte of either side, so there "next" makes no difference.
+    assert await wire_sweep(scenario, allowed=(EOFError, trio.BrokenResourceError), first=2) == 2 * (4 + 2)
+    assert cuts == {("client", n) for n in range(2, 6)} | {("server", n) for n in range(2, 4)}
+
+
 async def test_an_error_that_is_not_allowed_is_found_at_its_byte(autojump_clock: Clock) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         ends = note_ends(network)

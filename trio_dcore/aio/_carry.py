@@ -17,8 +17,17 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
-from trio.lowlevel import Abort, checkpoint_if_cancelled, current_task, disable_ki_protection, reschedule, wait_task_rescheduled
+from trio.lowlevel import (
+    Abort,
+    cancel_shielded_checkpoint,
+    checkpoint_if_cancelled,
+    current_task,
+    disable_ki_protection,
+    reschedule,
+    wait_task_rescheduled,
+)
 
+from ..errors import LocalProtocolError
 from ._errors import PortalClosed
 from ._report import report_asyncio_task, report_trio_task
 
@@ -31,6 +40,9 @@ T = TypeVar("T")
 
 # So long, in seconds, a cancelled asyncio task may clean up before it is cancelled again, and named in the log; and then each time.
 REDELIVER = 1.0
+# So many steps of trio an asyncio task gets to end by itself before trio waits for it; and trio stays awake for one after a call.  A
+# guest run that has nothing to do waits for I/O in a thread, and to wake it costs ten times as much as a step.
+_STEPS = 2
 # How often a trio task is named that does not end.
 _REPORT_EVERY = 1.0
 
@@ -80,6 +92,9 @@ class Carried:
         what: str,
         redeliver: float,
     ) -> None:
+        if asyncio.current_task(loop) is not None:
+            # trio would take the task that runs the loop for the one that waits here, which ends in an internal error.
+            raise LocalProtocolError(f"called from asyncio code: this is for trio tasks, and here {what} can be awaited itself")
         coroutine = _held(fn, args)
         try:
             self.task = loop.create_task(coroutine, name=what)
@@ -181,7 +196,11 @@ async def run_in_asyncio(
     await checkpoint_if_cancelled()
     carried = Carried(loop, fn, args, name_of(fn), redeliver)
     task = carried.task
-    if not task.done():  # an eager task may be
+    for _ in range(_STEPS):
+        if task.done():
+            return carried.result()  # type: ignore[no-any-return]
+        await cancel_shielded_checkpoint()
+    if not task.done():
         waiter = current_task()
         task.add_done_callback(lambda _: reschedule(waiter))
         await carried.wait_rescheduled()
@@ -234,6 +253,7 @@ class Crossing:
                 del cancelled, rest  # whose tracebacks refer to this frame
         finally:
             self.end()
+        await cancel_shielded_checkpoint()  # most likely it goes on with another call
 
     def end(self) -> None:
         """It is over: tell who waits.  Not a checkpoint, and belongs to no side."""

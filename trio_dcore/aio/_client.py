@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from .. import client
-from .._security import Security
-from ..comm import coerce_to_address
+from ..comm import AddressLike, coerce_to_address
 from ..errors import RPCClosed
-from ..protocol import Limits
 from ._carry import run_in_trio
 from ._guest import acquire_portal
+from ._options import CommOptions
 from ._portal import Lease, Portal
 from ._stream import RemoteStream
 
@@ -149,26 +148,18 @@ class rpc(PooledRPC):  # Dask's name
 
     def __init__(
         self,
-        address: str | tuple[str, int],
+        address: AddressLike,
         *,
         limit: int = 512,
-        security: Security | None = None,
-        limits: Limits | None = None,
-        deserialize: bool = True,
-        timeout: float | None = 30.0,
-        serializers: Sequence[str] | None = None,
-        deserializers: Sequence[str] | None = None,
+        **options: Unpack[CommOptions],
     ) -> None:
-        pool = client.ConnectionPool(
-            limit,
-            security=security,
-            limits=limits,
-            deserialize=deserialize,
-            timeout=timeout,
-            serializers=serializers,
-            deserializers=deserializers,
-        )
+        pool = client.ConnectionPool(limit, **options)
         super().__init__(Bound(pool), coerce_to_address(address))
+
+    @property
+    def pool(self) -> ConnectionPool:
+        """The comms behind the calls."""
+        return ConnectionPool.of(self._bound)
 
     def close_comms(self) -> None:
         """Close every comm; calls in flight get RPCClosed.  Nothing is left to await."""
@@ -198,23 +189,9 @@ class ConnectionPool:
     def __init__(
         self,
         limit: int = 512,
-        *,
-        security: Security | None = None,
-        limits: Limits | None = None,
-        deserialize: bool = True,
-        timeout: float | None = 30.0,
-        serializers: Sequence[str] | None = None,
-        deserializers: Sequence[str] | None = None,
+        **options: Unpack[CommOptions],
     ) -> None:
-        pool = client.ConnectionPool(
-            limit,
-            security=security,
-            limits=limits,
-            deserialize=deserialize,
-            timeout=timeout,
-            serializers=serializers,
-            deserializers=deserializers,
-        )
+        pool = client.ConnectionPool(limit, **options)
         self._bound = Bound(pool)
 
     @classmethod
@@ -224,8 +201,12 @@ class ConnectionPool:
         self._bound = bound
         return self
 
-    def __call__(self, address: str | tuple[str, int]) -> PooledRPC:
-        """Calls to one address: ``pool(address).op(...)``."""
+    def __call__(self, address: AddressLike | None = None, *, ip: str | None = None, port: int | str | None = None) -> PooledRPC:
+        """Calls to one address: ``pool(address).op(...)``; see :meth:`trio_dcore.ConnectionPool.__call__`."""
+        if address is None and ip is not None and port is not None:
+            address = (ip, port)
+        elif address is None or ip is not None or port is not None:
+            raise TypeError("give an address, or ip= and port=")
         return PooledRPC(self._bound, coerce_to_address(address))
 
     @property
@@ -252,7 +233,7 @@ class ConnectionPool:
         """Close every idle comm and return how many there were."""
         return self._bound.pool.collect()
 
-    def remove(self, address: str, *, reason: str = "the address was removed") -> None:
+    def remove(self, address: AddressLike, *, reason: str = "the address was removed") -> None:
         """Close all comms to an address.  Calls on them get CommClosedError; the address may be used again."""
         self._bound.pool.remove(address, reason=reason)
 

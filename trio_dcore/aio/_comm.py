@@ -6,17 +6,17 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import trio
 
 from .. import abc
-from .._security import Security
 from ..client import send_recv as native_send_recv
+from ..comm import AddressLike
 from ..comm import connect as native_connect
-from ..protocol import Limits
 from ._carry import run_in_trio
 from ._guest import acquire_portal
+from ._options import CommOptions
 from ._portal import Lease, Portal
 
 __all__ = ["Comm", "connect", "send_recv"]
@@ -140,16 +140,7 @@ class Comm:
         return f"<aio {self._comm!r}>"
 
 
-async def connect(
-    address: str,
-    *,
-    security: Security | None = None,
-    limits: Limits | None = None,
-    deserialize: bool = True,
-    timeout: float | None = 30.0,
-    serializers: Sequence[str] | None = None,
-    deserializers: Sequence[str] | None = None,
-) -> Comm:
+async def connect(address: AddressLike, **options: Unpack[CommOptions]) -> Comm:
     """Connect to an address and exchange handshakes; see :func:`trio_dcore.connect`.
 
     Cancellation: leaves nothing behind.
@@ -160,16 +151,7 @@ async def connect(
     try:
         comm = await run_in_trio(
             portal,
-            partial(
-                native_connect,
-                address,
-                security=security,
-                limits=limits,
-                deserialize=deserialize,
-                timeout=timeout,
-                serializers=serializers,
-                deserializers=deserializers,
-            ),
+            partial(native_connect, address, **options),
             dispose=lambda comm: comm.abort(),
         )
     except BaseException:

@@ -10,7 +10,6 @@ Everything happens in the loop's thread.  Only waiting for I/O, when there is no
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import trio
 from .._util import to_raise
 from ._portal import Portal, current_portal
 
-__all__ = ["HOLDER_NAME", "acquire_portal", "open_trio"]
+__all__ = ["HOLDER_NAME", "acquire_portal", "hosting_loop", "open_trio"]
 
 #: The asyncio task that ends a trio run that nobody has opened explicitly.
 HOLDER_NAME = "trio_dcore guest"
@@ -127,10 +126,6 @@ class _Guest(_Run):
             self._soon(step)
 
     async def _root(self) -> None:
-        asyncio_in_trio = sys.modules.get("trio_asyncio")
-        if asyncio_in_trio is not None:
-            # It has replaced asyncio.get_running_loop(), which in trio tasks now asks this variable.
-            asyncio_in_trio.current_loop.set(self.loop)
         async with trio.open_nursery() as nursery:
             self.portal = Portal(self.loop, nursery)
             try:
@@ -150,6 +145,11 @@ class _Guest(_Run):
                 raise failure
             finally:
                 del failure
+
+
+def hosting_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop whose guest the trio run of this thread is, if it is one of ours."""
+    return None if _here.guest is None else _here.guest.loop
 
 
 class _Held(_Guest):

@@ -22,7 +22,7 @@ from ._portal import Portal, current_portal
 __all__ = ["handler", "run_asyncio"]
 
 T = TypeVar("T")
-# On what is made here: itself, so that a copy by functools.wraps() is not taken for it.
+# On what is made here, which is for trio.
 _MADE = "__trio_dcore_asyncio__"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -81,27 +81,22 @@ def handler(fn: Any) -> Any:
         return {op: handler(each) for op, each in fn.items()}
     if not callable(fn):
         raise TypeError(f"{fn!r} is neither a handler, which can be called, nor a dict of handlers")
-    if _is_made_here(fn):
-        return fn
+    inner = fn
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if hasattr(inner, _MADE):
+        return fn  # or a wrapper of one, as that of run_to_end(), which copies attributes
     if _is(fn, inspect.isasyncgenfunction):
         made: Any = _generator(fn)
     elif _is(fn, inspect.iscoroutinefunction):
         made = _coroutine(fn)
     else:
         made = _plain(fn)
-    inner = fn
-    while isinstance(inner, functools.partial):
-        inner = inner.func
     # The marks of in_thread() and run_to_end() are attributes; those of other objects are their own.
     functools.update_wrapper(made, inner, updated=("__dict__",) if isinstance(inner, (FunctionType, MethodType)) else ())
     made.__wrapped__ = fn
-    setattr(made, _MADE, made)
+    setattr(made, _MADE, True)
     return made
-
-
-def _is_made_here(fn: Any) -> bool:
-    made = getattr(fn, _MADE, None)
-    return made is not None and made is (fn.__func__ if isinstance(fn, MethodType) else fn)
 
 
 def _is(fn: Any, what: Callable[[object], bool]) -> bool:

@@ -32,6 +32,7 @@ from .._util import to_raise
 from ..errors import LocalProtocolError
 from ._carry import REDELIVER
 from ._executors import Executors
+from ._guest import hosting_loop
 from ._portal import Portal, current_portal
 from ._strays import Strays, report_tasks
 
@@ -56,11 +57,13 @@ class open_loop:
 
     Raises:
         ImportError: trio-asyncio is not installed, or doesn't support this Python.  :func:`open_trio`, the other direction, needs neither.
+        LocalProtocolError: trio is a guest of an asyncio event loop here, or this is asyncio code.
     """
 
     def __init__(self, *, redeliver: float = REDELIVER) -> None:
         if not redeliver > 0:
             raise ValueError(f"redeliver={redeliver!r}: must be a number of seconds above 0")
+        _check_no_host()
         self._trio_asyncio = _import_trio_asyncio()
         self._redeliver = redeliver
         self._closing = trio.Event()
@@ -71,6 +74,7 @@ class open_loop:
         self._exit: BaseException | None = None
 
     async def __aenter__(self) -> asyncio.AbstractEventLoop:
+        _check_no_host()
         await checkpoint_if_cancelled()
         if self._outer is not None:
             raise LocalProtocolError("each open_loop() is for one `async with`; call it again")
@@ -237,6 +241,28 @@ def _supports_314() -> bool:
     return numbers > (0, 16)
 
 
+def _host() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs here; in a trio task: whose guest trio is, or one of trio-asyncio's."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _check_no_host() -> None:
+    """The one of asyncio's two event loops that its C code sees is that outside."""
+    loop = hosting_loop() or _host()
+    if loop is None:
+        return
+    if "trio_asyncio" not in sys.modules or not isinstance(loop, sys.modules["trio_asyncio"].BaseTrioEventLoop):
+        raise LocalProtocolError(
+            "an asyncio event loop runs here already, and trio, if at all, inside of it: run_asyncio() and handlers use that; "
+            "open_loop() is for programs that begin with trio.run()"
+        )
+    if asyncio.current_task(loop) is not None:
+        raise LocalProtocolError("called from asyncio code: open_loop() is for trio tasks")
+
+
 def running_loop() -> asyncio.AbstractEventLoop:
     """The asyncio loop for the calling trio task.  Not a checkpoint.
 
@@ -249,13 +275,12 @@ def running_loop() -> asyncio.AbstractEventLoop:
     if loop is None and (portal := current_portal.get()) is not None:
         loop = portal.loop
     if loop is None:
-        try:
-            loop = asyncio.get_running_loop()  # whose guest trio is
-        except RuntimeError:
+        loop = hosting_loop() or _host()
+        if loop is None:
             raise LocalProtocolError(
                 "no asyncio event loop here: put `async with trio_dcore.aio.open_loop():` round this, and round the server if this is "
                 "one of its handlers"
-            ) from None
+            )
     if loop.is_closed():
         raise LocalProtocolError(
             "the open_loop() block that this task was started in has been left, and its event loop is closed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
@@ -41,6 +42,14 @@ class Portal:
         self._leases: set[Lease] = set()
         self._closed = False
         self._empty: trio.Event | None = None  # somebody waits for that
+
+    def settle(self) -> None:
+        """Have asyncio-flavoured code that the calling trio task and its children call find the loop.  Not a checkpoint."""
+        current_portal.set(self)
+        trio_asyncio = sys.modules.get("trio_asyncio")
+        if trio_asyncio is not None:
+            # It has replaced asyncio.get_running_loop(), which in trio tasks now asks this variable.
+            trio_asyncio.current_loop.set(self.loop)
 
     @property
     def closed(self) -> bool:
@@ -93,13 +102,15 @@ class Portal:
         if self._closed:
             return
         self._closed = True
-        while self._leases:
-            self._leases.pop().close()
-        if self.nursery is not None:
-            self.nursery.cancel_scope.cancel(reason=reason)
-        else:
-            for crossing in self.crossings:
-                crossing.scope.cancel(reason=reason)
+        try:
+            while self._leases:
+                self._leases.pop().close()
+        finally:
+            if self.nursery is not None:
+                self.nursery.cancel_scope.cancel(reason=reason)
+            else:
+                for crossing in self.crossings:
+                    crossing.scope.cancel(reason=reason)
 
     def left(self, crossing: Crossing) -> None:
         """A call has ended."""

@@ -7,17 +7,15 @@ handlers, as the user's dicts have them at each moment, and its life as asyncio 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypedDict, Unpack
+from typing import Any, ClassVar, Self, Unpack
 
 from .._node import Server as NativeServer
-from .._security import Security
-from ..abc import Listener, Peer
+from ..abc import Listener
 from ..comm import AddressLike
 from ..errors import LocalProtocolError
-from ..protocol import Limits
 from ..server import Handler, ServerStatistics, Status, run_to_end
 from ._carry import Crossing, run_in_trio
 from ._client import Bound, ConnectionPool
@@ -25,24 +23,10 @@ from ._comm import Comm
 from ._errors import PortalClosed
 from ._guest import acquire_portal
 from ._handler import handler
-from ._portal import Lease, Portal, current_portal
+from ._options import ServerOptions
+from ._portal import Lease, Portal
 
-__all__ = ["Server", "ServerOptions"]
-
-
-class ServerOptions(TypedDict, total=False):
-    """Keyword arguments of :class:`trio_dcore.Server` that mean the same here."""
-
-    connection_limit: int
-    deserialize: bool
-    security: Security | None
-    limits: Limits | None
-    grace: float
-    drain_on_cancel: float
-    authorize: Callable[[Peer, str], bool] | None
-    serializers: Sequence[str] | None
-    deserializers: Sequence[str] | None
-    timeout: float | None
+__all__ = ["Server"]
 
 
 class _Adapted(dict[str, Handler]):
@@ -277,7 +261,7 @@ class Server:
 
     async def _serve(self, portal: Portal, begun: asyncio.Future[None]) -> None:
         """The trio side."""
-        current_portal.set(portal)  # its handlers find the loop by it
+        portal.settle()
         self._bound.portal = portal
         try:
             async with self._native:
@@ -290,6 +274,7 @@ class Server:
         finally:
             assert self._lease is not None
             self._lease.release()
+            self._bound.close_now()
             self._ended.set()
 
     async def __aenter__(self) -> Self:
@@ -321,13 +306,19 @@ class Server:
             raise LocalProtocolError(f"listen() on a server that is {self.status.name}; make a new one")
         await self.start()
         assert self._crossing is not None
-        return await run_in_trio(self._crossing.portal, self._native.listen, address)
+        return await run_in_trio(self._crossing.portal, self._listen, self._crossing.portal, address)
+
+    async def _listen(self, portal: Portal, address: AddressLike | int | None) -> str:
+        """The trio side.  The connections' tasks inherit the context of this one, and their handlers find the loop by it."""
+        portal.settle()
+        return await self._native.listen(address)
 
     def stop(self, grace: float | None = None, reason: str = "") -> None:
         """Ask the server to shut down; see :meth:`trio_dcore.Server.stop`.  In the event loop's thread."""
-        if self._crossing is None:
-            self._ended.set()
         self._native.stop(grace, reason)
+        if self._crossing is None:
+            self._bound.close_now()
+            self._ended.set()
 
     async def aclose(self, grace: float | None = None) -> None:
         """Stop and wait until the server has closed.  From inside a running request of this server it only requests.

@@ -33,7 +33,8 @@ class RemoteOp:
 
         There is no timeout: put a cancel scope round the call.  Its deadline goes with the call to a trio_dcore server.
 
-        Cancellation: the remote handler is cancelled; the comm is closed, its slot is free.
+        Cancellation: the remote handler is cancelled; the comm is closed, its slot is free.  A request of which nothing was sent yet is
+            not sent, and its comm is kept.
 
         Raises:
             RemoteError: what the handler raised.
@@ -51,7 +52,12 @@ class RemoteOp:
         await notify(self._pool, self._address, self._op, checked(self._op, kwargs))
 
     def stream(self, **kwargs: Any) -> RemoteStream:
-        """Call it for many answers: ``async with remote.op.stream(...) as stream: async for item in stream: ...``."""
+        """Call it for many answers: ``async with remote.op.stream(...) as stream: async for item in stream: ...``.
+
+        Args:
+            **kwargs: the handler's arguments.  ``serializers`` are families for them and for what is sent to the handler,
+                ``deserializers`` those accepted for its items, which a trio_dcore server is told.
+        """
         return RemoteStream(self._pool, self._address, self._op, checked(self._op, kwargs))
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..protocol._envelope import END, ERROR, GOODBYE, KEY, REPLY, Credit
 from ..protocol._remote_errors import exception_from_reply, exception_from_value
-from ._call import closed_error, map_error
+from ._call import closed_error, families, map_error
 
 if TYPE_CHECKING:
     from ._pool import ConnectionPool
@@ -39,9 +39,11 @@ class RemoteStream:
     """
 
     def __init__(self, pool: ConnectionPool, address: str, op: str, kwargs: dict[str, Any]) -> None:
-        for name in ("reply", "close", "deserializers"):
+        for name in ("reply", "close"):
             if name in kwargs:
                 raise TypeError(f"{name!r} has no meaning for a stream")
+        #: For the request and for what is sent behind it; accepted in what comes.  None for the comm's own.
+        self._families = families(pool, kwargs)
         self._pool = pool
         self._address = address
         self._op = op
@@ -66,8 +68,9 @@ class RemoteStream:
             said_goodbye = self._said_goodbye
             comm, fresh = await pool.acquire(self._address, self._op, anew=said_goodbye)
             try:
-                source: _Enveloped | _Plain = _Enveloped(comm) if _can_stream(comm) else _Plain(comm)
-                await comm.put(source.request(self._op, self._kwargs))
+                make: type[_Enveloped | _Plain] = _Enveloped if _can_stream(comm) else _Plain
+                source = make(comm, *self._families)
+                await comm.put(source.request(self._op, self._kwargs), self._families[0])
             except (SerializationError, UnsafePayload):
                 pool.release(comm)  # nothing was sent
                 raise
@@ -209,8 +212,10 @@ class RemoteStream:
         except (CommClosedError, trio.ClosedResourceError) as error:
             if source is not self._source:
                 raise self._ended(error) from error
-            if isinstance(source, _Enveloped) and source.dismissed:
-                raise self._never_started() from error
+            if isinstance(source, _Enveloped):
+                await source.hear_out()
+                if source.dismissed:
+                    raise self._never_started() from error
             raise self._ended(error) from error
 
     def __aiter__(self) -> Self:
@@ -243,7 +248,7 @@ def _can_stream(comm: BaseComm) -> bool:
 class _Enveloped:
     """A stream from a trio_dcore server."""
 
-    def __init__(self, comm: BaseComm) -> None:
+    def __init__(self, comm: BaseComm, serializers: Sequence[str] | None, deserializers: Sequence[str] | None) -> None:
         extension = comm.extension
         assert extension is not None
         limits = comm.settings.limits
@@ -259,7 +264,9 @@ class _Enveloped:
             window=Credit(limits.window, limits.window_bytes),
             on_end=self._server_ended,
             on_map=self._server_lost_track,
+            deserializers=deserializers,
         )
+        self._serializers = serializers
         self.receive = self._substream.receive  # called for each item
 
     def request(self, op: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -279,6 +286,13 @@ class _Enveloped:
         self._lost = True
         return map_error(message, self._allow_pickle)
 
+    async def hear_out(self) -> None:
+        """Nothing can be sent any more: find out what the server said before it went, if that is here; it may be why.
+
+        What is found is there for who receives.
+        """
+        await self._substream.read_what_is_here()
+
     @property
     def fresh(self) -> bool:
         """Whether nothing of the stream has come or gone, but for the request and maybe our end of it."""
@@ -287,7 +301,7 @@ class _Enveloped:
     async def send(self, value: Any) -> None:
         if self.sent_eof:
             raise LocalProtocolError("send() after send_eof()")
-        await self._substream.send(value)
+        await self._substream.send(value, serializers=self._serializers)
 
     async def send_eof(self) -> None:
         if self.sent_eof:
@@ -319,8 +333,9 @@ class _Plain:
 
     reusable = False
 
-    def __init__(self, comm: BaseComm) -> None:
+    def __init__(self, comm: BaseComm, serializers: Sequence[str] | None, deserializers: Sequence[str] | None) -> None:
         self._comm = comm
+        self._deserializers = deserializers
         self._held = False  # a None that is an item if something follows it
         self._ready: deque[Any] = deque()
         self._end: Exception | None = None
@@ -343,7 +358,7 @@ class _Plain:
             self._end = trio.EndOfChannel()
             return
         head, frames = found
-        message = head if frames is None else await comm.unpack(frames)
+        message = head if frames is None else await comm.unpack(frames, self._deserializers)
         if self._held:
             self._held = False
             self._ready.append(None)

@@ -171,12 +171,16 @@ class BaseComm(Comm):
         """:meth:`write`, as far as it needs no wait; for servers and clients.  Here, ``on_error`` is "raise" by default.
 
         Returns None if the message is sent, which nearly every small one is then; else :meth:`finish` must be awaited with what
-        is returned.  Not a checkpoint.  A comm that was closed here raises trio.ClosedResourceError.
+        is returned, at once: a large message is only encoded there, and may turn out to be one that can't be sent.
+
+        Not a checkpoint.  A comm that was closed here raises trio.ClosedResourceError.
         """
 
     @abstractmethod
     async def finish(self, unsent: Unsent, stall: str = "") -> None:
         """Send the rest of a message, or let other tasks run where that is due.
+
+        Cancellation: delivered before the first byte, or it closes the comm.
 
         Args:
             unsent: what :meth:`start` has left.
@@ -184,6 +188,7 @@ class BaseComm(Comm):
 
         Raises:
             LimitExceeded: it has taken nothing for that time; the comm was closed.
+            SerializationError, UnsafePayload, CommClosedError: as :meth:`start`.
         """
 
     async def put(self, message: Any, serializers: Sequence[str] | None = None, stall: str = "") -> int:

@@ -51,7 +51,7 @@ class FramedComm(WritingComm):
         # Until the handshake is done: a plain map only.
         self._decoder = GREETING_DECODER
         self._reading = False
-        self._unpacking = False  # a thread decodes a message, and whoever has read it waits for that: he is reading still
+        self._unpacking = False  # a thread decodes a message; until that is done nobody else may read, and nobody does
         self._ahead: ReadAhead | None = None
         self._unjudged: Encoder | None = None  # the encoder of a client that has not asked yet who the server is
         self._watch: EndWatch | None = None
@@ -300,7 +300,8 @@ class FramedComm(WritingComm):
 
     @property
     def reading(self) -> bool:
-        return self._reading and self._unjudged is None and (self._watch is None or not self._watch.reading or self._unpacking)
+        watching = self._watch is not None and self._watch.reading
+        return self._reading and not watching and not self._unpacking and self._unjudged is None
 
     @property
     def buffered(self) -> int:

@@ -9,6 +9,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from ..abc import CommSettings
+from ..errors import AddressError
 from ..protocol._compression import AUTO, default_codec
 from ..protocol._context import Buffer, DecodeContext, EncodeContext
 from ..protocol._handshake import PING_PATIENCE, Negotiated, local_handshake, negotiate
@@ -56,9 +57,14 @@ def offered_codec(comm: BaseComm) -> str | None:
     codec = comm.settings.compression
     if codec != AUTO:
         return codec
-    if comm.peer.kind in _ONE_HOST or get_address_host(comm.local_address) == get_address_host(comm.peer_address):
-        return None
-    return default_codec()
+    return None if comm.peer.kind in _ONE_HOST or _same_host(comm.local_address, comm.peer_address) else default_codec()
+
+
+def _same_host(one: str, other: str) -> bool:
+    try:
+        return get_address_host(one) == get_address_host(other)
+    except AddressError:  # the scheme of somebody's own transport, which knows no hosts
+        return False
 
 
 def greeting(settings: CommSettings, codec: str | None = None) -> list[Buffer]:

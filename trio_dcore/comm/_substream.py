@@ -18,6 +18,7 @@ from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_
 
 from ..errors import (
     CommClosedError,
+    DcoreError,
     LimitExceeded,
     RemoteProtocolError,
     SerializationError,
@@ -44,8 +45,8 @@ __all__ = ["Substream"]
 
 # Items that came in one message with others let other tasks run after so many, as messages do (architecture document, section 3.2).
 _YIELD_ITEMS = 16
-# Messages behind which credit may have come in time, when this process had none to look; who sends more of them is stalling.
-_MOST_LATE = 64
+# Messages behind which something may stand that has come in time, when this process had none to look; it is not looked for further.
+_MOST_BEHIND = 64
 # Of a very large window credit comes back before half of it is used: a grant may not be larger than twice this.
 _MOST_GRANTED = 2**39
 # Seconds that a task gets to let go of the comm: it only has to have its turn.
@@ -74,6 +75,7 @@ class Substream:
             not send that.
         half_close: an END from the peer ends its items only: it still takes ours.  A client's does; a server's ends the request.
         on_map: given a message that is a map, where the peer may answer with one, returns what on_end returns.
+        deserializers: families accepted in payloads; None for the comm's own.
         owner: the task that reads the comm again when the request has ended; others may still use the stream then, and are told by
             :meth:`detach`.
     """
@@ -82,6 +84,7 @@ class Substream:
         "_check_at",
         "_comm",
         "_deaf",
+        "_deserializers",
         "_detached",
         "_ended",
         "_ends",
@@ -125,8 +128,10 @@ class Substream:
         half_close: bool = False,
         on_map: Callable[[dict[Any, Any]], Exception | None] | None = None,
         owner: trio.lowlevel.Task | None = None,
+        deserializers: Sequence[str] | None = None,
     ) -> None:
         self._comm = comm
+        self._deserializers = deserializers
         self.id = id
         self._owner = owner
         self._detached = ""  # why nothing goes in or out any more
@@ -390,7 +395,7 @@ class Substream:
                 late = 0
             elif trio.current_time() >= due:
                 late += 1
-            if scope.cancelled_caught or late > _MOST_LATE:
+            if scope.cancelled_caught or late > _MOST_BEHIND:
                 error = stalled(self._comm.peer_address, "stream_stall", seconds)
                 self._comm.give_up(error)
                 raise error
@@ -420,6 +425,18 @@ class Substream:
         while not self._deaf:  # behind that may stand what belongs to another request
             await checkpoint_if_cancelled()  # as in _wait_for_item
             await self._read_one(ahead=True)
+
+    async def read_what_is_here(self) -> None:
+        """Read without waiting; what is found is kept, also if it is the end.  Does nothing while another task reads."""
+        with trio.CancelScope() as scope:
+            scope.cancel(reason="nothing more is here")
+            try:
+                for _ in range(_MOST_BEHIND):
+                    if self._deaf or self._reading:
+                        break
+                    await self._read_one(ahead=True)
+            except (DcoreError, trio.ClosedResourceError, TypeError):
+                pass  # whoever receives next is told
 
     async def _begin_sending(self) -> None:
         """Wait for our turn: only when one item has left is it known what credit there is for the next."""
@@ -483,7 +500,7 @@ class Substream:
     async def _resolve(self, head: object, frames: list[Buffer]) -> object:
         """The message with its payloads; one that can't be read is an error for whoever takes it, not for whoever finds it."""
         try:
-            return await self._comm.unpack(frames)
+            return await self._comm.unpack(frames, self._deserializers)
         except (SerializationError, UnsafePayload, TypeError) as error:
             if type(head) is dict:
                 raise

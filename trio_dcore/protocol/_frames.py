@@ -41,6 +41,9 @@ _GATHER = 4 * KiB
 _DIRECT = 64 * KiB
 # Above this a buffer is an anonymous mapping, which takes memory only as bytes arrive, and which costs no zeroing ahead of time.
 _LAZY = 1 * MiB
+# Frames of at least this size that ``outer`` counts, one behind the other, lie in one buffer: they are pieces of one array, and need no
+# copying to be that again.
+_PIECE = 1 * MiB
 # From here huge pages pay: they cut the page faults that otherwise bound the rate (measured, see docs/performance notes).
 _HUGE = 4 * MiB
 # Windows has no flags.  Elsewhere the default is a mapping that is shared with forked children, who would change our memory by
@@ -68,6 +71,13 @@ def allocate(size: int) -> memoryview:
         except OSError:  # pragma: no cover - kernels built without huge pages; they are only ever an optimisation
             pass
     return memoryview(mapping)
+
+
+def _allocated(size: int) -> memoryview:
+    try:
+        return allocate(size)
+    except (OverflowError, OSError, MemoryError) as exc:  # only without limits, or with too high ones
+        raise RemoteProtocolError(f"no memory can be had for a frame of {size} bytes: {exc}") from exc
 
 
 def _nbytes(frame: Buffer) -> int:
@@ -152,7 +162,8 @@ class FrameParser:
     """Bytes in, lists of frames out.
 
     Frame 0 is ``bytes``; the others are writable memory of their own (``bytearray`` or ``memoryview``), so that arrays made over
-    them may be changed and none keeps another alive.
+    them may be changed and none keeps another alive.  Only large frames that their sender counts in ``outer`` lie in one buffer, as they do
+    at a stock receiver: Dask sends an array above 64 MiB in such pieces.
 
     Args:
         limits: what is accepted; ``message``, ``head`` and ``frames`` are used here.
@@ -170,6 +181,7 @@ class FrameParser:
     __slots__ = (
         "_buffer",
         "_count",
+        "_counted",
         "_filled",
         "_first",
         "_frames",
@@ -182,6 +194,8 @@ class FrameParser:
         "_missing",
         "_pending",
         "_position",
+        "_region",
+        "_region_end",
         "_skip",
         "_small",
         "_trusted",
@@ -205,6 +219,9 @@ class FrameParser:
         self._count = -1  # frames of the message under way; -1 between messages
         self._lengths: tuple[int, ...] = ()
         self._frames: list[Buffer] = []
+        self._counted = 0  # of the frames, those within outer
+        self._region: memoryview | None = None  # where the next pieces go, up to but without the frame _region_end
+        self._region_end = 0
         self._pending: memoryview | None = None  # the frame being filled in place
         self._filled = 0
         self._skip = 0  # bytes to drop behind the last frame (extra bytes inside outer)
@@ -257,7 +274,7 @@ class FrameParser:
         self._gathered = bytearray()
         self._missing = 0
         self._frames = []
-        self._pending = None
+        self._pending = self._region = None
 
     def want(self) -> memoryview | None:
         """The part of a large frame still to be filled, or None where :meth:`feed` is the way in."""
@@ -340,12 +357,15 @@ class FrameParser:
         if lengths[0] == 0:
             raise RemoteProtocolError("frame 0 of a message is empty")
         self._check_head(lengths[0])
+        self._counted = count
         if outer < total:
             end = prelude
+            self._counted = 0
             for length in lengths:
                 if end >= outer:
                     break
                 end += length
+                self._counted += 1
             if end != outer:
                 raise RemoteProtocolError(f"the outer length of a message, {outer}, ends inside a frame")
         self._skip = max(0, outer - total)
@@ -363,17 +383,20 @@ class FrameParser:
             available = len(buffer) - position
             pending = self._pending
             if pending is None:
-                if available >= length:
+                if self._region is None and length >= _PIECE:
+                    self._find_region(len(frames))
+                if self._region is None and available >= length:
                     end = position + length
                     frames.append(bytearray(memoryview(buffer)[position:end]) if frames else buffer[position:end])
                     self._use(length)
                     continue
-                if length < _GATHER:
+                if self._region is not None:
+                    pending = self._pending = self._region[:length]
+                    self._region = self._region[length:] if len(frames) + 1 < self._region_end else None
+                elif length < _GATHER:
                     return None
-                try:
-                    pending = self._pending = allocate(length)
-                except (OverflowError, OSError, MemoryError) as exc:  # only without limits, or with too high ones
-                    raise RemoteProtocolError(f"no memory can be had for a frame of {length} bytes: {exc}") from exc
+                else:
+                    pending = self._pending = _allocated(length)
                 self._filled = 0
             if available:
                 take = min(available, length - self._filled)
@@ -399,6 +422,16 @@ class FrameParser:
         self.last_size = self.received
         self.received = 0
         return frames
+
+    def _find_region(self, first: int) -> None:
+        """Make room for a frame and those behind it that are pieces of the same array; the last piece may be of any size."""
+        lengths = self._lengths
+        end = first + 1
+        while first > 0 and end < self._counted and lengths[end - 1] >= _PIECE and lengths[end]:
+            end += 1
+        if end > first + 1:
+            self._region = _allocated(sum(lengths[first:end]))
+            self._region_end = end
 
     def _use(self, size: int) -> None:
         self.received += size

@@ -38,7 +38,7 @@ from ..protocol._remote_errors import error_reply, error_value
 from ._admission import find_handler
 from ._drive import drive
 from ._handlers import HandlerEntry, wrong_arguments
-from ._request import Request, request_variable
+from ._request import Request, checked_families, request_variable
 from ._status import Status
 from ._streams import StreamAnswer
 from ._throttle import shown
@@ -337,6 +337,8 @@ class Connection:
                     if not RESERVED.isdisjoint(head):
                         raise ValueError("a request can't be a marker: its op and arguments stand in frame 0")
                     message: dict[Any, Any] = await comm.unpack(frames)
+                    if self.server.draining or self.server._statistics.in_flight >= self.server.most_requests:
+                        find_handler(self.server, comm.peer, op)  # it may have taken its time, in which that has come
                 else:
                     message = dict(head) if comm.by_reference else head
                 del message["op"]
@@ -344,12 +346,13 @@ class Connection:
                 message.pop("close", None)
                 serializers = message.pop("serializers", None)
                 if serializers is not None:
-                    serializers = _checked_families(serializers)
+                    serializers = checked_families(serializers)
                     if entry.takes_serializers:
                         message["serializers"] = serializers
                 if header is not None:
                     del message[KEY]
                 request = self.request = Request(self, op, comm.peer)  # type: ignore[arg-type]  # there is a handler of that name
+                request.serializers = serializers
                 self._header = header
                 if header is not None and comm.pings and self.server._pinger.asleep:
                     self.server._pinger.wake()
@@ -365,7 +368,9 @@ class Connection:
                         result = await drive(context, result, self.on_wait)
                     if type(result) is AsyncGeneratorType:  # of a plain function or a lambda
                         one_reply = header is not None or (wanted and reply is not _ABSENT and not close)
-                        result = await self._finish(entry, result, request, StreamAnswer(comm, header), one_reply=one_reply)
+                        result = await self._finish(
+                            entry, result, request, StreamAnswer(comm, header, serializers), one_reply=one_reply
+                        )
                 else:
                     one_reply = not header.stream if header is not None else wanted and reply is not _ABSENT and not close
                     result = await self._run(entry, message, request, header, one_reply=one_reply)
@@ -495,7 +500,7 @@ class Connection:
         """Run a handler that is given a comm, streams, or has a deadline."""
         if entry.generator and one_reply:
             raise _streams(request)
-        answer = StreamAnswer(self.comm, header)
+        answer = StreamAnswer(self.comm, header, request.serializers)
         args = (answer.comm,) if entry.takes_comm else ()
         try:
             if header is None or header.deadline is None or header.stream:
@@ -576,12 +581,6 @@ def _cancelled_because(reason: str) -> HandlerCancelled:
     error = HandlerCancelled(f"the handler was cancelled: {reason}")
     error.reason = reason
     return error
-
-
-def _checked_families(names: object) -> tuple[str, ...]:
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"the request's 'serializers' must be a list of family names, not a {type(names).__name__}")
-    return tuple(names)
 
 
 def _ends_the_server(error: BaseException) -> bool:

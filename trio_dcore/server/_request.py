@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ._connection import Connection
     from ._server import BaseServer
 
-__all__ = ["Request", "current_request", "request_variable"]
+__all__ = ["Request", "checked_families", "current_request", "request_variable"]
 
 
 class Request:
@@ -25,15 +25,17 @@ class Request:
         op: the name it was called by.
         peer: who called.
         deadline: the time, by trio's clock, at which the caller stops waiting; ``math.inf`` if it told none.
+        serializers: the families that the caller accepts for what it is sent; None if it told none.
     """
 
-    __slots__ = ("_connection", "deadline", "op", "peer")
+    __slots__ = ("_connection", "deadline", "op", "peer", "serializers")
 
     def __init__(self, connection: Connection, op: str, peer: Peer) -> None:
         self._connection = connection
         self.op = op
         self.peer = peer
         self.deadline = math.inf
+        self.serializers: tuple[str, ...] | None = None
 
     @property
     def server(self) -> BaseServer:
@@ -52,6 +54,13 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<Request {self.op!r} from {self.peer.address}>"
+
+
+def checked_families(names: object) -> tuple[str, ...]:
+    """The names of families in a request, if they are such."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"the request's 'serializers' must be a list of family names, not a {type(names).__name__}")
+    return tuple(names)
 
 
 request_variable: ContextVar[Request] = ContextVar("trio_dcore.request")

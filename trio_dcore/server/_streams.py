@@ -82,12 +82,14 @@ class StreamAnswer:
     Args:
         comm: the connection's.
         header: that of an opted-in request; None for a plain one, whose items are bare messages on the bare comm.
+        serializers: families for the payloads of items; None for the comm's own.
     """
 
-    __slots__ = ("_bare", "_gatherer", "_substream", "_view", "comm", "streaming")
+    __slots__ = ("_bare", "_gatherer", "_serializers", "_substream", "_view", "comm", "streaming")
 
-    def __init__(self, comm: BaseComm, header: RequestHeader | None) -> None:
+    def __init__(self, comm: BaseComm, header: RequestHeader | None, serializers: tuple[str, ...] | None = None) -> None:
         self._bare = comm
+        self._serializers = serializers
         self._substream: Substream | None = None
         self._gatherer: Gatherer | None = None
         self._view: SubstreamComm | None = None
@@ -114,7 +116,7 @@ class StreamAnswer:
         """Send what an async generator yields; see :func:`generate`."""
         stream = self._substream
         comm = self._bare
-        if stream is None or not Gatherer.is_for(comm):
+        if stream is None or self._serializers is not None or not Gatherer.is_for(comm):
             await generate(generator, context, self.emit, on_wait)
             return
         gatherer = self._gatherer = Gatherer(stream, comm)
@@ -148,9 +150,9 @@ class StreamAnswer:
     async def emit(self, item: Any) -> None:
         """Send one item."""
         if self._substream is None:
-            await self._bare.write(item, on_error="raise")
+            await self._bare.write(item, on_error="raise", serializers=self._serializers)
         else:
-            await self._substream.send(item)
+            await self._substream.send(item, serializers=self._serializers)
 
     async def end(self) -> None:
         """Say that there are no more."""
