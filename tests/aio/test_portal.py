@@ -160,7 +160,7 @@ def test_cancelled_while_an_inner_block_is_entered(run: Runner) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert not portal.leased
+            assert not portal.used
 
     run(main)
 

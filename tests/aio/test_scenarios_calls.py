@@ -1,4 +1,4 @@
-"""What the tests of ``distributed.core`` assert of rpc and its pools, of those of asyncio programs; each bears the name that it has there."""
+"""What the tests of ``distributed.core`` assert of calls and pools, in asyncio programs; each bears the name that it has there."""
 
 from __future__ import annotations
 
@@ -371,11 +371,11 @@ def test_connection_pool_close_while_connecting(run: Runner) -> None:
     async def main() -> None:
         async with Silent() as address:
             pool = await ConnectionPool(limit=2)
-            calls = asyncio.create_task(at_once(*[pool(address).identity() for _ in range(5)]))
+            calls = [asyncio.create_task(pool(address).identity()) for _ in range(5)]
             await until(lambda: pool.open == 2)
             await pool.close()
+            assert [type(outcome) for outcome in await asyncio.gather(*calls, return_exceptions=True)] == [RPCClosed] * 5
             assert pool.open == 0
-            assert [type(outcome) for outcome in await calls] == [RPCClosed] * 5
 
     run(main)
 

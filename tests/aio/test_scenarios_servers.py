@@ -1,4 +1,4 @@
-"""What the tests of ``distributed.core`` assert of servers, of the servers of asyncio programs; each bears the name that it has there."""
+"""What the tests of ``distributed.core`` assert of servers, in asyncio programs; each bears the name that it has there."""
 
 from __future__ import annotations
 

@@ -717,6 +717,16 @@ async def test_what_waits_for_credit_when_its_request_ends_is_unsent(address: st
     assert len(stream.unsent) == 20 - Limits().window
 
 
+async def test_without_time_to_linger_goes_what_needs_no_wait(new_pair: Any) -> None:
+    async with new_pair("tcp", limits=Limits(linger=0)) as pair:
+        async with BatchedSend(pair.client, interval=3600) as stream:
+            stream.send(1)
+            await blocked(0.01)
+            stream.send(2)
+        assert stream.unsent == []
+        assert [list(await pair.server.read()) for _ in range(2)] == [[1], [2]]
+
+
 async def test_batches_without_an_interval_do_not_put_off_a_cancellation() -> None:
     class Quick(Comm):
         """Takes all at once, and has something new to say whenever others get their turn."""

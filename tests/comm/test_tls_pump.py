@@ -340,6 +340,26 @@ async def test_answers_that_nobody_takes_are_bounded(look: str, tmp_path: Path, 
         pump._send = send
 
 
+async def test_messages_of_tls_without_a_pause_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are nothing to read, and always there: others run all the same, and whoever reads can be cancelled."""
+    looks = 0
+
+    def something_of_its_own(_pump: TLSPump, size: int) -> int:
+        nonlocal looks
+        looks += 1
+        assert looks < 1000
+        return size
+
+    async with against_raw("server") as (pump, _raw):
+        monkeypatch.setattr(TLSPump, "_receive", something_of_its_own)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pump.fill, FrameParser())
+                await trio.lowlevel.checkpoint()
+                scope.cancel()
+        assert scope.cancelled_caught
+
+
 async def test_part_of_a_record_is_nothing_to_read() -> None:
     async with against_raw("server") as (pump, raw):
         data = raw.encrypt(message(b"x"))

@@ -149,7 +149,7 @@ class Making:
                     client = await nursery.start(partial(serve, Client, scheduler.address, **self.security))
                     yield Cluster(nursery, scheduler, workers, client)
                     nursery.cancel_scope.cancel()
-                assert [repr(task) for task in asyncio.all_tasks(loop)] == []
+                await no_tasks(loop)
                 assert {scheduler.status.name, client.status, *(worker.status.name for worker in workers)} == {"closed"}
 
     @asynccontextmanager
@@ -159,7 +159,15 @@ class Making:
             async with aio.open_loop() as loop:
                 async with aio.open_dask(Scheduler, **{**self.of_scheduler, **options}) as scheduler:
                     yield scheduler
-                assert [repr(task) for task in asyncio.all_tasks(loop)] == []
+                await no_tasks(loop)
+
+
+async def no_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """No asyncio task is left; those that are about to end get a moment."""
+    with trio.move_on_after(SOON):
+        while asyncio.all_tasks(loop):  # noqa: ASYNC110  # it tells nobody
+            await trio.sleep(0.005)
+    assert [repr(task) for task in asyncio.all_tasks(loop)] == []
 
 
 def stock_security() -> StockSecurity:
@@ -255,11 +263,11 @@ async def test_shutdown_with_work_in_flight(making: Making, gate: Gate, request:
 
 async def test_shutdown_with_work_that_does_not_end(making: Making, gate: Gate, said: Any, request: Any) -> None:
     """The grace is one for all: stock workers wait for their threads one after the other."""
-    async with making.cluster(grace=0.3) as cluster:
+    async with making.cluster(grace=1) as cluster:
         cluster.nursery.start_soon(cluster.run, held, range(100), request.node.name)
         await gate.wait_entered(2)
         before = trio.current_time()
-    assert 0.3 <= trio.current_time() - before < 0.3 + SOON
+    assert 1 <= trio.current_time() - before < 2
     left = [line for line in said() if "leaves a thread to itself" in line]
     assert len(left) == 2
     assert all("held-" in line and "gate.open.wait" in line for line in left)
@@ -307,7 +315,7 @@ async def test_a_local_cluster(tmp_path: Path) -> None:
                 aio.open_dask(Client, cluster) as client,
             ):
                 assert await aio.run_asyncio(results, client, square, range(10)) == [n * n for n in range(10)]
-            assert [repr(task) for task in asyncio.all_tasks(loop)] == []
+            await no_tasks(loop)
 
 
 async def test_plain_calls_of_the_client(making: Making) -> None:
@@ -454,7 +462,7 @@ async def test_a_start_that_fails(making: Making) -> None:
             with pytest.raises(TypeError, match="no_such_argument"):
                 async with aio.open_dask(Making, no_such_argument=1):
                     raise AssertionError("it can't be made")
-            assert [repr(task) for task in asyncio.all_tasks(loop)] == []
+            await no_tasks(loop)
 
 
 @pytest.mark.parametrize("kind", [Client, Worker])
@@ -517,8 +525,28 @@ async def test_cancelled_at_many_steps_of_a_cluster(making: Making) -> None:
                         assert worker.status.name == "closed"
                     finally:
                         trio.lowlevel.remove_instrument(instrument)
-                assert [repr(task) for task in asyncio.all_tasks(loop)] == []
+                await no_tasks(loop)
     assert steps > 100
+
+
+@both
+async def test_cancelled_while_a_connection_is_made(making: Making, watch: Any) -> None:
+    """By who asked for it, and by everything closing; a socket that stock Dask leaves open then is not."""
+    steps, completed = 0, False
+    with trio.fail_after(2 * PATIENCE):
+        while not completed:
+            steps += 5
+            leftovers = watch()
+            async with making.cluster() as cluster:
+                instrument = CancelAt(cluster.nursery.cancel_scope, steps)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    await aio.run_asyncio(cluster.workers[0].heartbeat)  # its first
+                    completed = not cluster.nursery.cancel_scope.cancel_called
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+            assert leftovers.found() == [], steps
+    assert steps > 30
 
 
 class Hanging(SchedulerPlugin):  # type: ignore[misc]  # a class of Dask's

@@ -142,6 +142,13 @@ def mutants_of(package: Path, modules: Sequence[str] = MODULES) -> list[Mutant]:
     return [mutant for module in modules for mutant in mutants_in((package / module).read_bytes(), module)]
 
 
+def _short(module: str) -> str:
+    """The module's own name, with that of its package where there are several of that name."""
+    path = Path(module)
+    twice = sum(Path(each).stem == path.stem for each in MODULES) > 1
+    return f"{path.parent.name}.{path.stem}" if twice else path.stem
+
+
 def mutants_in(source: bytes, module: str) -> list[Mutant]:
     """All mutants of one module, in order."""
     lister = _Lister(source)
@@ -156,7 +163,7 @@ def mutants_in(source: bytes, module: str) -> list[Mutant]:
             seen.add(place)
             kept.append((place, edit))
     for (start, end, new), edit in sorted(kept, key=lambda item: item[0]):
-        key = f"{Path(module).stem}.{edit.function}/{edit.operator}"
+        key = f"{_short(module)}.{edit.function}/{edit.operator}"
         numbers[key] += 1
         lines = edit.first.lineno, edit.last.end_lineno  # type: ignore[attr-defined]
         found.append(

@@ -265,13 +265,18 @@ class Baseline:
 class Run:
     """Tries mutants in some copies at once."""
 
-    def __init__(self, copies: Sequence[Copy], baseline: Baseline, results: Path, *, thorough: bool) -> None:
+    def __init__(
+        self, copies: Sequence[Copy], baseline: Baseline, results: Path, *, thorough: bool, known: Iterable[tuple[str, str]] = ()
+    ) -> None:
         self._copies = copies
         self._baseline = baseline
         self._results = results
         self._thorough = thorough
         self._lock = threading.Lock()
+        # module -> tests that have caught others of it
         self._killers: dict[str, Counter[str]] = defaultdict(Counter)
+        for module, test in known:
+            self._killers[module][test] += 1
 
     def of(self, mutants: Iterable[Mutant]) -> None:
         waiting = list(mutants)[::-1]
@@ -438,7 +443,9 @@ def main() -> int:
         todo = [each for each in mutants if each.id in before and not before[each.id].caught]
     else:
         todo = [each for each in mutants if each.id not in before]
-    Run(copies, baseline, results, thorough=not options.quick).of(todo)
+    modules = {each.id: each.module for each in mutants}
+    known = [(modules[id], result.by) for id, result in before.items() if result.how == "fails" and id in modules]
+    Run(copies, baseline, results, thorough=not options.quick, known=known).of(todo)
     after = {line["id"]: Result(**line) for line in _lines(results)} if results.exists() else {}
     return 0 if report([after[each.id] for each in mutants if each.id in after]) else 1
 

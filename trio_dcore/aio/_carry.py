@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -107,6 +107,13 @@ class Carried:
         self._raise_cancel: Callable[[], Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
+    async def patiently(self, items: Sequence[object] = ()) -> None:
+        """Give it some steps to end, or until there are items: mostly they come soon, and to wait for them costs more."""
+        for _ in range(_STEPS):
+            if items or self.task.done():
+                return
+            await cancel_shielded_checkpoint()
+
     async def wait_rescheduled(self, raise_cancel: Callable[[], Any] | None = None) -> Any:
         """Have the trio task wait until something reschedules it; its cancellation goes to the asyncio task until then.
 
@@ -196,10 +203,7 @@ async def run_in_asyncio(
     await checkpoint_if_cancelled()
     carried = Carried(loop, fn, args, name_of(fn), redeliver)
     task = carried.task
-    for _ in range(_STEPS):
-        if task.done():
-            return carried.result()  # type: ignore[no-any-return]
-        await cancel_shielded_checkpoint()
+    await carried.patiently()
     if not task.done():
         waiter = current_task()
         task.add_done_callback(lambda _: reschedule(waiter))

@@ -52,7 +52,7 @@ class GeneratorRun:
                 item = await step
             except StopAsyncIteration:
                 return
-            self._items = [item]
+            self._items[:] = [item]
             self._told = told = self._loop.create_future()
             self._wake()
             try:
@@ -133,6 +133,8 @@ class GeneratorRun:
 
     async def _outcome(self, raise_cancel: Callable[[], Any] | None = None) -> Any:
         assert self._carried is not None
+        if raise_cancel is None:
+            await self._carried.patiently(self._items)
         if not self._items and not self._carried.task.done():
             await self._wait(raise_cancel)
         if self._items:

@@ -166,7 +166,7 @@ class _Held(_Guest):
         self.loop.call_soon(self._end_if_unused)
 
     def _end_if_unused(self) -> None:
-        if not self.portal.leased:
+        if not self.portal.used:
             self.portal.close_now()
 
     async def _end_unused(self) -> None:

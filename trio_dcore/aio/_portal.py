@@ -35,7 +35,8 @@ class Portal:
         self.loop = loop
         self.nursery = nursery
         self.crossings: set[Crossing] = set()
-        #: Called when the last lease has been released; None where the portal is open as long as a block lasts.
+        #: Called when the last lease has been released, or the last call has ended after that; None where the portal is open as long
+        #: as a block lasts.
         self.on_unused: Callable[[], None] | None = None
         #: Likewise, by who can wait for the end of the trio run, if that is what follows.
         self.end_unused: Callable[[], Awaitable[None]] | None = None
@@ -57,9 +58,9 @@ class Portal:
         return self._closed
 
     @property
-    def leased(self) -> bool:
-        """Whether somebody needs it."""
-        return bool(self._leases)
+    def used(self) -> bool:
+        """Whether somebody needs it, or is still to be told that what it needed was closed."""
+        return bool(self._leases or self.crossings)
 
     async def run(self, fn: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run a trio coroutine function and return or raise what it does; see :func:`run_in_trio`."""
@@ -115,8 +116,11 @@ class Portal:
     def left(self, crossing: Crossing) -> None:
         """A call has ended."""
         self.crossings.discard(crossing)
-        if self._empty is not None and not self.crossings:
-            self._empty.set()
+        if not self.crossings:
+            if self._empty is not None:
+                self._empty.set()
+            if not self._leases and not self._closed and self.on_unused is not None:
+                self.on_unused()
 
     async def wait_empty(self) -> None:
         """Wait until no call is in trio any more.  Of trio's flavour, for who closes the nursery."""
@@ -153,10 +157,10 @@ class Lease:
             self._portal.give_back(self)
 
     async def aclose(self) -> None:
-        """Likewise; where this was the last, wait until the trio run that is not needed any more has ended."""
+        """Likewise; where this was the last, and no call is in flight, wait until the trio run that is not needed any more has ended."""
         self.release()
         end = self._portal.end_unused
-        if end is not None and not self._portal.leased:
+        if end is not None and not self._portal.used:
             await end()
 
     def drop(self) -> None:

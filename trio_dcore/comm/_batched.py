@@ -351,7 +351,8 @@ class BatchedSend:
                     await self._wake.park()
             else:
                 earliest = now + self._interval
-                await checkpoint_if_cancelled()  # with no interval, and a peer that takes all at once, there is no other
+                if not self._closing:  # then what waits goes as far as it needs no wait, also if there is no time for that
+                    await checkpoint_if_cancelled()  # with no interval, and a peer that takes all at once, there is no other
                 for _ in range(len(outbox)):
                     if not await self._sent_one():
                         return

@@ -23,7 +23,7 @@ import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint, wait_readable, wait_writable
 
 from ..errors import CommClosedError, RemoteProtocolError
 from ..protocol._context import Buffer
@@ -319,10 +319,14 @@ class TLSPump(SocketPump):
             return await Pump.pull(self, parser)
 
     async def fill(self, parser: FrameParser) -> bool:
+        rounds = 0
         while True:
             received = self._fill_now(parser)
             if received is not None:
                 break
+            rounds += 1
+            if rounds % _LOOKS == 0:
+                await checkpoint()  # a peer may say nothing but messages of TLS's own, without a pause
             try:
                 self._receive(_LARGE_READ if parser.want() is None else _CHUNK)
             except BlockingIOError:
