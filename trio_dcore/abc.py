@@ -165,8 +165,12 @@ class Comm(trio.abc.Channel[Any]):
         """
 
     @abstractmethod
-    async def read(self) -> Any:
+    async def read(self, deserializers: Sequence[str] | None = None) -> Any:
         """Receive one message.
+
+        Args:
+            deserializers: families accepted in its ``Serialize`` payloads, instead of the comm's own.  Not on a stream's comm, whose items
+                are read when they come: it has those of its server.
 
         Raises:
             CommClosedError: the comm ended or broke, in whatever way.

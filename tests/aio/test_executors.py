@@ -144,6 +144,7 @@ async def test_what_waits_for_a_thread_of_a_pool_is_dropped_when_cancelled() -> 
         while not begun.is_set():  # noqa: ASYNC110  # a thread's
             await asyncio.sleep(0.001)
         queued.cancel()
+        await asyncio.sleep(0)  # it tells the pool by a callback
         may_end.set()
         await running
 

@@ -124,6 +124,39 @@ async def test_it_ends_while_its_item_is_consumed(autojump_clock: trio.testing.M
             await items.athrow(OSError("too late"))
 
 
+async def test_cancelled_after_something_of_its_own_while_its_item_is_consumed(autojump_clock: trio.testing.MockClock) -> None:
+    journal = []
+
+    async def limited(recovers: bool) -> AsyncGenerator[str, None]:
+        try:
+            async with asyncio.timeout(1):
+                yield "before"
+        except TimeoutError:
+            if not recovers:
+                raise
+        try:
+            yield "lost"
+        except asyncio.CancelledError:
+            journal.append("cancelled behind it")
+            raise
+
+    async with no_leaks(), open_loop():
+        for recovers in True, False:
+            with trio.move_on_after(2) as scope:
+                items = handler(limited)(recovers)
+                assert await anext(items) == "before"
+                try:
+                    await trio.sleep(10)
+                except trio.Cancelled as cancelled:
+                    if recovers:
+                        await items.athrow(cancelled)
+                    else:
+                        with pytest.raises(TimeoutError):
+                            await items.athrow(cancelled)
+            assert scope.cancelled_caught is recovers
+    assert journal == ["cancelled behind it"]
+
+
 async def test_errors_are_thrown_in(autojump_clock: trio.testing.MockClock) -> None:
     async def recover() -> AsyncGenerator[Any, None]:
         try:
@@ -160,9 +193,22 @@ async def test_cancelled_while_it_works(autojump_clock: trio.testing.MockClock) 
 async def test_cancelled_while_its_item_is_consumed(autojump_clock: trio.testing.MockClock) -> None:
     """By a server that throws into it what ends its writing."""
     journal = Journal()
+
+    async def counted() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            journal.append(f"cancelled {task.cancelling()} times")
+            raise
+        finally:
+            await asyncio.sleep(0.5)
+            journal.append("finally")
+
     async with no_leaks(), open_loop():
         with trio.move_on_after(1) as scope:
-            items = handler(journal.count)(cleanup=0.5)
+            items = handler(counted)()
             assert await anext(items) == 0
             try:
                 await trio.sleep(10)
@@ -170,7 +216,7 @@ async def test_cancelled_while_its_item_is_consumed(autojump_clock: trio.testing
                 await items.athrow(cancelled)
                 raise AssertionError("not reached") from None
         assert scope.cancelled_caught
-    assert journal == ["CancelledError", "finally"]
+    assert journal == ["cancelled 1 times", "finally"]
 
 
 async def test_one_that_swallows_its_cancellation(

@@ -178,6 +178,30 @@ def test_a_portal_is_for_one_loop(run: Runner) -> None:
     run(main)
 
 
+def test_a_trio_run_that_breaks_down_is_told(run: Runner) -> None:
+    async def crash() -> None:
+        raise KeyError("system task")
+
+    async def start_crash() -> None:
+        trio.lowlevel.spawn_system_task(crash)
+
+    async def main() -> None:
+        with pytest.raises(trio.TrioInternalError):
+            async with open_trio() as portal:
+                calls = [asyncio.create_task(portal.run(trio.sleep_forever)) for _ in range(2)]
+                await portal.run(start_crash)
+                for call in calls:
+                    with pytest.raises(PortalClosed):
+                        await call
+                with pytest.raises(PortalClosed):
+                    await portal.run(double, 1)
+        assert not trio_runs()
+        async with open_trio() as portal:
+            assert await portal.run(double, 1) == 2
+
+    run(main)
+
+
 # -- without a block -------------------------------------------------------------------------------------------------------------------
 
 
@@ -385,8 +409,34 @@ def test_a_pool_of_another_loop_says_so() -> None:
         run_plainly(use(remote, address))
 
 
-def program(text: str, *, interrupt: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run a program; with ``interrupt`` it gets a Ctrl-C when it has printed its first line."""
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def test_eager_tasks(run: Runner) -> None:
+    if run.name == "uvloop":
+        pytest.skip("it passes eager_start= to factories that don't take it")
+
+    async def wait() -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    async def at_once() -> str:
+        return "at once"
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        async with aio.Server({"wait": wait, "at_once": at_once}) as server:
+            async with aio.rpc(await server.listen("tcp://127.0.0.1:0")) as remote:
+                assert await asyncio.gather(remote.echo(data=1), remote.echo(data=2)) == [1, 2]
+                assert await remote.at_once() == "at once"
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await remote.wait()
+
+    begun = asyncio.Event()
+    run(main)
+
+
+def program(text: str, *, interrupt: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a program; it gets so many Ctrl-C, one after each line that it prints."""
     flags = subprocess.CREATE_NEW_PROCESS_GROUP if os.name == "nt" else 0
     process = subprocess.Popen(
         [sys.executable, "-X", "dev", "-c", text],
@@ -399,9 +449,9 @@ def program(text: str, *, interrupt: bool = False) -> subprocess.CompletedProces
     with process:
         try:
             first = ""
-            if interrupt:
-                assert process.stdout is not None
-                first = process.stdout.readline()
+            assert process.stdout is not None
+            for _ in range(interrupt):
+                first += process.stdout.readline()
                 process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)
         except BaseException:
@@ -443,7 +493,7 @@ def test_ctrl_c(kind: str) -> None:
     }[kind]
     if "uvloop" in how:
         pytest.importorskip("uvloop")
-    ended = program(INTERRUPTED % how, interrupt=True)
+    ended = program(INTERRUPTED % how, interrupt=1)
     lines = ended.stdout.splitlines()
     assert lines[0] == "waiting"
     assert "KeyboardInterrupt" in ended.stderr.splitlines()[-1] or kind == "run_until_complete", ended.stderr
@@ -456,6 +506,38 @@ def test_ctrl_c(kind: str) -> None:
         assert lines[1:] == ["CancelledError", "finally"] or lines[1:] == ["finally", "CancelledError"]
         assert "Traceback" in ended.stderr
         assert "Warning" not in ended.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows can't send SIGINT to one process")
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_the_second_ctrl_c_is_hard(loop: str) -> None:
+    """Where the cleanup hangs."""
+    pytest.importorskip(loop)
+    ended = program(
+        f"""
+import asyncio
+import {loop} as loop
+from trio_dcore import aio
+
+async def wait():
+    print("waiting", flush=True)
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        print("cleaning up", flush=True)
+        await asyncio.sleep(3600)
+
+async def main():
+    async with aio.Server({{"wait": wait}}) as server, aio.rpc(await server.listen("tcp://127.0.0.1:0")) as remote:
+        await remote.wait()
+
+loop.run(main())
+""",
+        interrupt=2,
+    )
+    assert ended.stdout.splitlines() == ["waiting", "cleaning up"]
+    assert ended.returncode in (130, -signal.SIGINT)
+    assert "KeyboardInterrupt" in ended.stderr
 
 
 def test_a_loop_that_is_closed_too_early_is_told_to_the_next() -> None:

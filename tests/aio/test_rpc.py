@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +125,27 @@ def test_calls(run: Runner, where: str) -> None:
         remote = aio.rpc("tcp://127.0.0.1:1")
         remote.close_comms()
         return remote
+
+    run(main)
+
+
+def test_over_tls_and_unix(run: Runner, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+
+    async def main() -> None:
+        security = aio.Security.temporary()
+        places = {"tls://127.0.0.1:0": security}
+        if sys.platform != "win32":
+            places[f"unix://{tmp_path}/s"] = aio.Security()
+        for where, trust in places.items():
+            async with aio.Server(Work().handlers, security=trust) as server:
+                address = await server.listen(where)
+                async with aio.rpc(address, security=trust) as remote:
+                    assert await remote.add(x=1, y=2) == 3
+                    assert [item async for item in remote.count.stream(n=3)] == [0, 1, 2]
+                async with await aio.connect(address, security=trust) as comm:
+                    assert comm.peer.kind == where.partition(":")[0]
+                    assert await aio.send_recv(comm, op="add", x=1, y=2) == 3
 
     run(main)
 

@@ -121,6 +121,28 @@ async def test_what_a_stream_accepts(where: str) -> None:
                 await stream.receive()
 
 
+async def test_one_read() -> None:
+    async def send(comm: Comm) -> None:
+        for _ in range(2):
+            await comm.write([to_serialize(1)])
+        await comm.read()
+
+    async def refuse(comm: Comm) -> None:
+        await comm.read(deserializers=MSGPACK)
+
+    async with (
+        Server({"send": send, "refuse": refuse}) as server,
+        await connect(await server.listen("tcp://127.0.0.1:0")) as comm,
+    ):
+        await comm.write({"op": "send", "reply": False})
+        with pytest.raises(TypeError, match="only able to deserialize data with"):
+            await comm.read(deserializers=MSGPACK)
+        assert await comm.read(deserializers=["pickle"]) in ((1,), [1])
+        async with rpc(server.address) as remote, remote.refuse.stream() as stream:
+            with pytest.raises(RemoteError, match=r"use Server\(deserializers="):
+                await stream.receive()
+
+
 async def test_those_of_a_pool_and_of_a_server() -> None:
     async with Server(HANDLERS, deserialize=False, serializers=MSGPACK) as server:
         address = await server.listen("tcp://127.0.0.1:0")

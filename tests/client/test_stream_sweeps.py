@@ -13,7 +13,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.reference.kit import is_loud
-from trio_dcore import Comm, CommClosedError, ConnectError, ConnectionPool, Limits, RemoteError, Server
+from trio_dcore import Comm, CommClosedError, ConnectError, ConnectionPool, Limits, RemoteError, Server, connect
 from trio_dcore.client import _stream
 from trio_dcore.comm import Substream
 from trio_dcore.server import _connection
@@ -150,7 +150,22 @@ async def both_ways(remote: Any) -> None:
         assert [item async for item in stream] == list(range(1, COUNT + 1))
 
 
-USES = [to_the_end, to_the_error, to_the_middle, upwards, cut_short, both_ways]
+async def as_stock_clients_do(remote: Any) -> None:
+    """Bare messages until the server closes the connection."""
+    async with await connect(remote._address) as comm:
+        await comm.write({"op": "quick", "reply": True, "close": True})
+        found = []
+        try:
+            while True:
+                found.append(await comm.read())
+        except CommClosedError:
+            whole = [*range(COUNT), None]  # the last is what the handler returned
+            assert found == whole[: len(found)]
+            if found != whole:
+                raise
+
+
+USES = [to_the_end, to_the_error, to_the_middle, upwards, cut_short, both_ways, as_stock_clients_do]
 
 
 @pytest.fixture

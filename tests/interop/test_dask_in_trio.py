@@ -529,24 +529,99 @@ async def test_cancelled_at_many_steps_of_a_cluster(making: Making) -> None:
     assert steps > 100
 
 
+async def pump(source: trio.SocketStream, sink: trio.SocketStream) -> None:
+    async for some in source:
+        await sink.send_all(some)
+
+
 @both
-async def test_cancelled_while_a_connection_is_made(making: Making, watch: Any) -> None:
-    """By who asked for it, and by everything closing; a socket that stock Dask leaves open then is not."""
+@pytest.mark.parametrize("whose", ["a call", "a timer"])
+async def test_closed_while_a_connection_is_made(making: Making, watch: Any, whose: str) -> None:
+    """A worker's first heartbeat makes one.  Stock Dask leaves its socket open then."""
     steps, completed = 0, False
-    with trio.fail_after(2 * PATIENCE):
+    with trio.fail_after(3 * PATIENCE):
         while not completed:
-            steps += 5
+            steps += 6
             leftovers = watch()
             async with making.cluster() as cluster:
                 instrument = CancelAt(cluster.nursery.cancel_scope, steps)
                 trio.lowlevel.add_instrument(instrument)
                 try:
-                    await aio.run_asyncio(cluster.workers[0].heartbeat)  # its first
+                    if whose == "a call":
+                        await aio.run_asyncio(cluster.workers[0].heartbeat)
+                    else:
+                        beat = asyncio.get_running_loop().create_task(cluster.workers[0].heartbeat())
+                        while not beat.done():  # noqa: ASYNC110
+                            await trio.sleep(0.001)
                     completed = not cluster.nursery.cancel_scope.cancel_called
                 finally:
                     trio.lowlevel.remove_instrument(instrument)
             assert leftovers.found() == [], steps
     assert steps > 30
+
+
+async def test_cancelled_while_a_connection_is_made(making: Making) -> None:
+    """It is completed, and serves the next call; so no slot of Dask's pool is lost."""
+    steps, completed = 0, False
+    async with making.cluster() as cluster:
+        pool = cluster.client.rpc
+        while not completed:
+            steps += 1
+            pool.remove(cluster.scheduler.address)
+            with trio.CancelScope() as scope:
+                instrument = CancelAt(scope, steps)
+                trio.lowlevel.add_instrument(instrument)
+                try:
+                    await aio.run_asyncio(cluster.client.scheduler.ncores)
+                    completed = not scope.cancel_called
+                finally:
+                    trio.lowlevel.remove_instrument(instrument)
+            with trio.fail_after(SOON):
+                while "active=0, connecting=0" not in repr(pool):  # noqa: ASYNC110  # it tells nobody
+                    await trio.sleep(0.001)
+    assert steps > 20
+
+
+@pytest.mark.parametrize("protocol", ["tls"])
+async def test_closed_during_a_slow_tls_handshake(making: Making, watch: Any) -> None:
+    """With a peer that is far away: it is waited for, since stock Dask leaves the socket open where it gives up then."""
+    async with making.scheduler() as scheduler, trio.open_nursery() as nursery:
+        accepted = trio.Event()
+
+        async def relay(stream: trio.SocketStream) -> None:
+            accepted.set()
+            await trio.sleep(0.1)
+            async with (
+                stream,
+                await trio.open_tcp_stream("127.0.0.1", scheduler.port) as further,
+                trio.open_nursery() as both_ways,
+            ):
+                both_ways.start_soon(pump, stream, further)
+                await pump(further, stream)
+                both_ways.cancel_scope.cancel()
+
+        (listener,) = await nursery.start(partial(trio.serve_tcp, relay, 0, host="127.0.0.1"))
+        leftovers = watch()
+        async with aio.open_dask(Client, scheduler.address, **making.security) as client:
+            far = client.rpc(f"tls://127.0.0.1:{listener.socket.getsockname()[1]}")
+            call = asyncio.get_running_loop().create_task(far.identity())
+            await accepted.wait()
+        with trio.move_on_after(SOON):
+            while leftovers.found():  # noqa: ASYNC110  # the relay and the scheduler need a moment to notice
+                await trio.sleep(0.005)
+        assert leftovers.found() == []
+        assert call.done()
+        assert call.exception() is None
+        nursery.cancel_scope.cancel()
+
+
+async def test_all_at_once_close_in_order(making: Making, said: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async with making.cluster():
+        pass
+    words = ("Remove client", "Stopping worker", "Closing scheduler")
+    order = [word for record in caplog.records for word in words if record.getMessage().startswith(word)]
+    assert order == sorted(order, key=words.index)
+    assert set(order) == set(words)
 
 
 class Hanging(SchedulerPlugin):  # type: ignore[misc]  # a class of Dask's

@@ -1602,3 +1602,57 @@ async def test_what_came_while_a_request_was_decoded_counts(
                 await remote.work(x=to_serialize(b"x"))
             assert started == ([] if meanwhile == "stop" else [None])
             nursery.cancel_scope.cancel()
+
+
+class TestHandlersThatMeetAnEnd:
+    """What they raise then is nobody's failure, also in the group that a nursery of theirs makes of it."""
+
+    @asynccontextmanager
+    async def serving(self, handler: Any, caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[Server, Any]]:
+        caplog.set_level(logging.INFO)
+        async with Server({"handler": handler}) as server:
+            async with await ManualPeer.connect(await server.listen("tcp://127.0.0.1:0")) as peer:
+                await peer.handshake(extension=True)
+                yield server, peer
+            while server.statistics().connections:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
+    async def test_a_mistake_of_the_peers(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def handler(comm: Comm) -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(comm.read)
+                await comm.write("go on")
+
+        async with self.serving(handler, caplog) as (server, peer):
+            await peer.send({"op": "handler", "reply": True, KEY: {"id": 1, "stream": True}})
+            assert await peer.receive() == (ITEM, 1, "go on")
+            await peer.send("no envelope")
+            await peer.expect_end()
+        assert "expected an envelope" in caplog.text
+        assert server.statistics().errors == 1
+
+    async def test_the_end_of_a_bare_comm(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def handler(comm: Comm) -> None:
+            await comm.write("go on")
+            await comm.receive()
+
+        async with self.serving(handler, caplog) as (server, peer):
+            await peer.send({"op": "handler", "reply": False})
+            assert await peer.receive() == "go on"
+        assert server.statistics().errors == 0
+
+
+async def test_a_generator_for_which_nobody_waits_is_refused_quietly(caplog: pytest.LogCaptureFixture) -> None:
+    async def many() -> AsyncIterator[int]:
+        yield 1
+
+    caplog.set_level(logging.INFO)
+    async with Server({"many": many}) as server:
+        async with await ManualPeer.connect(await server.listen("tcp://127.0.0.1:0")) as peer:
+            await peer.handshake(extension=True)
+            await peer.send({"op": "many", "reply": False, KEY: {"id": 1}})
+            await peer.send({"op": "echo", "data": 1, "reply": True})
+            assert await peer.receive() == 1
+    assert "was refused, and nobody waits for the answer: 'many' streams; use .stream()" in caplog.text
+    assert [record for record in caplog.records if record.levelno > logging.INFO] == []

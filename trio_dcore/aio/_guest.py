@@ -159,7 +159,13 @@ class _Held(_Guest):
         super().__init__(loop)
         self.portal.on_unused = self._unused
         self.portal.end_unused = self._end_unused
-        self._holder = loop.create_task(self._hold(), name=HOLDER_NAME, context=Context())
+        holder = self._hold()
+        try:
+            self._holder = loop.create_task(holder, name=HOLDER_NAME, context=Context())
+        except BaseException:
+            holder.close()
+            self.portal.close_now()
+            raise
 
     def _unused(self) -> None:
         # Not at once: who has closed one may open another now.
@@ -222,9 +228,10 @@ class _Inner(_Run):
 async def acquire_portal() -> Portal:
     """The portal of the running event loop, made if there is none."""
     loop = asyncio.get_running_loop()
-    portal = current_portal.get()
-    if portal is not None and portal.loop is loop and not portal.closed:
-        return portal
+    # That of an open_loop() is also found by code that was started without a context, such as by another thread.
+    for portal in (current_portal.get(), getattr(loop, "portal", None)):
+        if portal is not None and portal.loop is loop and not portal.closed:
+            return portal
     while (run := _runs.get(loop)) is not None:
         if not run.portal.closed:
             return run.portal

@@ -179,10 +179,10 @@ def _flavoured(loop: asyncio.AbstractEventLoop, args: tuple[Any, ...]) -> tuple[
 
 
 def _portal(loop: asyncio.AbstractEventLoop) -> Portal:
-    portal = current_portal.get()
-    if portal is None or portal.closed or portal.loop is not loop:
-        portal = Portal(loop, None)  # of a trio_asyncio.open_loop()
-    return portal
+    for portal in (current_portal.get(), getattr(loop, "portal", None)):
+        if portal is not None and portal.loop is loop and not portal.closed:
+            return portal
+    return Portal(loop, None)  # of a trio_asyncio.open_loop()
 
 
 def _explained(error: TypeError, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TypeError:

@@ -129,13 +129,12 @@ class open_loop:
                 try:
                     await self._serve(loop, strays, task_status)
                 finally:
-                    # Cancelled only where a trio task has failed that asyncio code had started.
                     with trio.CancelScope(shield=True):
                         await strays.end(carried=True)
                         await strays.end_generators()
                         await loop.end_threads()
                         if loop.get_debug():
-                            loop.set_debug(False)  # where coroutines were made is tracked for the whole thread
+                            await _end_debugging(loop)
         if self._exit is not None:
             exit, self._exit = self._exit, None
             raise exit
@@ -148,6 +147,12 @@ class open_loop:
                 task_status.started(portal)
                 try:
                     await self._closing.wait()
+                except trio.Cancelled:
+                    # A trio task that asyncio code had started has raised what ends everything.  The block comes first.
+                    self._nursery.cancel_scope.cancel(reason="what asyncio code has started in trio has failed")
+                    with trio.CancelScope(shield=True):
+                        await self._closing.wait()
+                    raise
                 finally:
                     with trio.CancelScope(shield=True):
                         # Their cleanup may need trio.  What takes longer is waited for, with that, behind.
@@ -194,6 +199,14 @@ class _Loop(Executors):
             if type(error).__module__.partition(".")[0] == "trio_asyncio":
                 raise  # how it stops
             self._on_exit(error)
+
+
+async def _end_debugging(loop: asyncio.AbstractEventLoop) -> None:
+    """Where coroutines were made is tracked for the whole thread, until the loop takes that back in one of its callbacks."""
+    loop.set_debug(False)
+    done = trio.Event()
+    loop.call_soon_threadsafe(done.set)
+    await done.wait()
 
 
 @functools.cache

@@ -33,18 +33,20 @@ class _Adapted(dict[str, Handler]):
     """The handlers of the native server: those that the user's dict has at the moment, made to be served by it.
 
     Args:
-        users: the user's dict.
+        users: gives the user's dict.
         own: what there is besides, unless the user has one of that name.
     """
 
-    def __init__(self, users: Mapping[str, Handler], own: Callable[[str], Handler | None] = lambda op: None) -> None:
+    def __init__(
+        self, users: Callable[[], Mapping[str, Handler]], own: Callable[[str], Handler | None] = lambda op: None
+    ) -> None:
         super().__init__()
         self._users = users
         self._own = own
         self._made: dict[str, tuple[Handler, Handler]] = {}
 
     def get(self, op: str, default: Any = None) -> Any:
-        function = self._users.get(op)
+        function = self._users().get(op)
         if function is None:
             own = self._own(op)
             return default if own is None else own
@@ -63,10 +65,10 @@ class _Adapted(dict[str, Handler]):
         return isinstance(op, str) and self.get(op) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._users)
+        return iter(self._users())
 
     def __len__(self) -> int:
-        return len(self._users)
+        return len(self._users())
 
 
 class Server:
@@ -116,9 +118,9 @@ class Server:
         self.stream_handlers: dict[str, Handler] = dict(stream_handlers or {})
         streaming = run_to_end(native.connection_stream)
         native.handlers = _Adapted(
-            self.handlers, lambda op: streaming if op == "connection_stream" and self.stream_handlers else None
+            lambda: self.handlers, lambda op: streaming if op == "connection_stream" and self.stream_handlers else None
         )
-        native.stream_handlers = _Adapted(self.stream_handlers)
+        native.stream_handlers = _Adapted(lambda: self.stream_handlers)
         self._native = native
         self._bound = Bound(native.rpc)
         self._rpc = ConnectionPool.of(self._bound)

@@ -297,7 +297,7 @@ class BaseComm(Comm):
     def unwatch_end(self) -> None:
         """Stop that."""
 
-    async def read(self) -> Any:
+    async def read(self, deserializers: Sequence[str] | None = None) -> Any:
         await checkpoint_if_cancelled()
         try:
             found = await self.next_head()
@@ -306,7 +306,7 @@ class BaseComm(Comm):
         if found is None:
             raise CommClosedError(f"{self.peer_address} closed the comm")
         head, frames = found
-        return head if frames is None else await self.unpack(frames)
+        return head if frames is None else await self.unpack(frames, deserializers)
 
     async def receive(self) -> Any:
         await checkpoint_if_cancelled()

@@ -64,7 +64,11 @@ class SubstreamComm(Comm):
             raise LocalProtocolError(self._refusal)
         return await self._substream.send(message, on_error=on_error or "message", serializers=serializers, on_start=on_start)
 
-    async def read(self) -> Any:
+    async def read(self, deserializers: Sequence[str] | None = None) -> Any:
+        if deserializers is not None:
+            raise LocalProtocolError(
+                "read(deserializers=...) on a stream, whose items are read when they come; use Server(deserializers=...)"
+            )
         try:
             return await self.receive()
         except trio.EndOfChannel:

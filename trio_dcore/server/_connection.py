@@ -24,7 +24,6 @@ from .._util import leaves
 from ..comm import READ_AHEAD, BaseComm
 from ..errors import (
     CommClosedError,
-    HandlerCancelled,
     LimitExceeded,
     LocalProtocolError,
     RemoteProtocolError,
@@ -37,6 +36,7 @@ from ..protocol._markers import RESERVED
 from ..protocol._remote_errors import error_reply, error_value
 from ._admission import find_handler
 from ._drive import drive
+from ._failures import ENDS, cancelled_because, it_streams, the_peers_doing
 from ._handlers import HandlerEntry, wrong_arguments
 from ._request import Request, checked_families, request_variable
 from ._status import Status
@@ -387,8 +387,8 @@ class Connection:
             return not close and not self._said_too_much(header, reply, written)
         except Exception as error:
             if comm.closed():
-                if isinstance(error, (RemoteProtocolError, LimitExceeded)):
-                    raise  # the client's doing
+                if (fault := the_peers_doing(error)) is not None:
+                    raise fault from None
                 if request is not None and not _is_of_no_news(error):
                     self._log_failure(logging.WARNING, request.op, "failed after its caller had gone", error)
                 return False
@@ -499,7 +499,8 @@ class Connection:
     ) -> Any:
         """Run a handler that is given a comm, streams, or has a deadline."""
         if entry.generator and one_reply:
-            raise _streams(request)
+            self._misfit = misfit = it_streams(request.op)
+            raise misfit
         answer = StreamAnswer(self.comm, header, request.serializers)
         args = (answer.comm,) if entry.takes_comm else ()
         try:
@@ -513,7 +514,7 @@ class Connection:
                     result = await self._finish(entry, result, request, answer, one_reply=one_reply)
                 if not scope.cancelled_caught:
                     return result
-            raise _cancelled_because("deadline")
+            raise cancelled_because("deadline")
         finally:
             if answer.close():
                 await answer.released()
@@ -522,7 +523,8 @@ class Connection:
         """Emit what a handler's result is made of; returns what there is to reply."""
         if isinstance(result, AsyncGenerator):
             if one_reply:
-                raise _streams(request)  # not a step of it has run
+                self._misfit = misfit = it_streams(request.op)
+                raise misfit  # not a step of it has run
             context: Context = copy_context()
             await answer.run(result, context, self.on_wait)
             result = None
@@ -553,7 +555,7 @@ class Connection:
     def _last_words(self, header: RequestHeader | None) -> None:
         """Tell a caller, without waiting, that its handler was cancelled."""
         try:
-            error = _cancelled_because(self.server._cut_reason())
+            error = cancelled_because(self.server._cut_reason())
             self.comm.write_nowait(self._failure_message(header, error, started=False))
         except (CommClosedError, trio.ClosedResourceError):
             pass  # it has gone by itself
@@ -573,16 +575,6 @@ def _in_worker(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         raise _Stopped(stop) from None
 
 
-def _streams(request: Request) -> TypeError:
-    return TypeError(f"{request.op!r} streams; use .stream()")
-
-
-def _cancelled_because(reason: str) -> HandlerCancelled:
-    error = HandlerCancelled(f"the handler was cancelled: {reason}")
-    error.reason = reason
-    return error
-
-
 def _ends_the_server(error: BaseException) -> bool:
     """Whether there is a KeyboardInterrupt or SystemExit in it."""
     return any(isinstance(leaf, (KeyboardInterrupt, SystemExit)) for leaf in leaves(error))
@@ -590,7 +582,7 @@ def _ends_the_server(error: BaseException) -> bool:
 
 def _is_of_no_news(error: BaseException) -> bool:
     """Whether all that an error says, or each in a group of a handler's own nursery, is that somebody has gone."""
-    return all(isinstance(leaf, (CommClosedError, trio.ClosedResourceError, HandlerCancelled)) for leaf in leaves(error))
+    return all(isinstance(leaf, ENDS) for leaf in leaves(error))
 
 
 def _has_cancelled(error: BaseException) -> bool:

@@ -181,6 +181,10 @@ class BaseServer:
         A message with an unknown op, one that is blocked or that ``authorize`` refuses to the peer, or whose handler raises, is logged
         and dropped.
 
+        When the server drains, the stream ends behind the messages that have come.  One that is idle then ends at once if it is
+        :meth:`connection_stream`'s.  A handler of your own may still have something to say on its comm, so its stream goes on until
+        the next message, or until the handler ends it (``current_request().shutdown_requested`` tells when), or the grace is over.
+
         Args:
             comm: nobody else reads it.
             extra: further keyword arguments for every handler; a key of the message wins over them.
