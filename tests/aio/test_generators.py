@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from tests.aio.available import needs_trio_asyncio
+from trio_dcore import CommClosedError
 from trio_dcore.aio import handler, open_loop
 from trio_dcore.testing import no_leaks
 
@@ -311,3 +312,46 @@ async def test_exits(error: BaseException, autojump_clock: trio.testing.MockCloc
         with pytest.raises(type(error)) as caught:
             await anext(items)
         assert caught.value is error
+
+
+async def test_cleaning_up_after_an_error_is_not_cut_short_by_the_cancellation_that_follows(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A consumer that goes is met twice: its connection can't be written to, and the handler is cancelled.  To asyncio that is one."""
+    journal = Journal()
+    async with no_leaks(), open_loop():
+        items = handler(journal.count)(cleanup=0.5)
+        assert await anext(items) == 0
+        with trio.move_on_after(0.1) as scope:
+            with pytest.raises(CommClosedError):
+                await items.athrow(CommClosedError("gone"))
+            assert journal == ["CommClosedError", "finally"]
+        assert scope.cancel_called
+        assert journal == ["CommClosedError", "finally"]
+
+
+async def test_cleaning_up_without_end_after_an_error_is_cancelled(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal()
+    async with no_leaks(), open_loop():
+        items = handler(journal.count)(cleanup=1e6)
+        assert await anext(items) == 0
+        began = trio.current_time()
+        with trio.move_on_after(0.1) as scope:
+            await items.athrow(CommClosedError("gone"))
+        assert scope.cancelled_caught
+        assert trio.current_time() - began == pytest.approx(1.1)
+        assert journal == ["CommClosedError"]
+    assert "count" in caplog.text
+
+
+async def test_after_any_other_error_the_cancellation_comes_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    journal = Journal()
+    async with no_leaks(), open_loop():
+        items = handler(journal.count)(cleanup=0.5)
+        assert await anext(items) == 0
+        with trio.move_on_after(0.1) as scope:
+            await items.athrow(ValueError("this item could not be sent"))
+        assert scope.cancelled_caught
+        assert journal == ["ValueError"]

@@ -82,7 +82,7 @@ def is_carried(task: asyncio.Task[Any]) -> bool:
 class Carried:
     """An asyncio task that a trio task waits for."""
 
-    __slots__ = ("_loop", "_raise_cancel", "_redeliver", "_timer", "_what", "task")
+    __slots__ = ("_loop", "_raise_cancel", "_redeliver", "_timer", "_told", "_what", "task")
 
     def __init__(
         self,
@@ -105,6 +105,7 @@ class Carried:
         self._redeliver = redeliver
         self._what = what
         self._raise_cancel: Callable[[], Any] | None = None
+        self._told = False
         self._timer: asyncio.TimerHandle | None = None
 
     async def patiently(self, items: Sequence[object] = ()) -> None:
@@ -114,12 +115,14 @@ class Carried:
                 return
             await cancel_shielded_checkpoint()
 
-    async def wait_rescheduled(self, raise_cancel: Callable[[], Any] | None = None) -> Any:
+    async def wait_rescheduled(self, raise_cancel: Callable[[], Any] | None = None, *, told: bool = False) -> Any:
         """Have the trio task wait until something reschedules it; its cancellation goes to the asyncio task until then.
 
-        ``raise_cancel`` is given where it has been cancelled already.
+        ``raise_cancel`` is given where it has been cancelled already.  ``told`` says that the asyncio task knows by an error that it is
+        to end: then it gets the time to clean up that a cancelled one has before the cancellation is delivered as well.
         """
         self._raise_cancel = raise_cancel
+        self._told = told
         if raise_cancel is not None:
             self._deliver()
         try:
@@ -132,7 +135,10 @@ class Carried:
     def _abort(self, raise_cancel: Callable[[], Any]) -> Abort:
         if self._raise_cancel is None:
             self._raise_cancel = raise_cancel
-            self._deliver()
+            if not self._told:
+                self._deliver()
+            elif self._redeliver < math.inf:
+                self._timer = self._loop.call_later(self._redeliver, self._again)
         return Abort.FAILED  # it is over when the task says so
 
     def _deliver(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import trio
 from trio.lowlevel import checkpoint_if_cancelled, current_task, reschedule
 
+from ..errors import CommClosedError
 from ._carry import Carried, name_of
 
 __all__ = ["END", "GeneratorRun"]
@@ -94,7 +95,8 @@ class GeneratorRun:
                 self._carried.result()
                 raise error
             if self._tell(lambda generator: generator.athrow(error)):
-                return await self._outcome()
+                # Where nobody is left to yield to, the cancellation that comes for the same reason is no second one.
+                return await self._outcome(told=isinstance(error, CommClosedError))
             await self._wait()
 
     async def cancel(self, cancelled: trio.Cancelled) -> Any:
@@ -131,21 +133,21 @@ class GeneratorRun:
         self._told.set_result(do)
         return True
 
-    async def _outcome(self, raise_cancel: Callable[[], Any] | None = None) -> Any:
+    async def _outcome(self, raise_cancel: Callable[[], Any] | None = None, *, told: bool = False) -> Any:
         assert self._carried is not None
         if raise_cancel is None:
             await self._carried.patiently(self._items)
         if not self._items and not self._carried.task.done():
-            await self._wait(raise_cancel)
+            await self._wait(raise_cancel, told=told)
         if self._items:
             return self._items.pop()
         self._carried.result()
         return END
 
-    async def _wait(self, raise_cancel: Callable[[], Any] | None = None) -> None:
+    async def _wait(self, raise_cancel: Callable[[], Any] | None = None, *, told: bool = False) -> None:
         assert self._carried is not None
         self._waiter = current_task()
-        await self._carried.wait_rescheduled(raise_cancel)
+        await self._carried.wait_rescheduled(raise_cancel, told=told)
 
 
 def _next(generator: AsyncGenerator[Any, None]) -> Awaitable[Any]:
