@@ -69,6 +69,7 @@ ASYNCIO = {
         "courses: cleared away",
         "roast: sent back",
     ],
+    "asgi": ["added: 3", "counted: 0 1 2", "stopped"],
 }
 
 
@@ -128,6 +129,8 @@ async def test_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", ASYNCIO)
 def test_asyncio_program(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "asgi":
+        pytest.importorskip("uvicorn")
     # Not asyncio.run(): once trio_asyncio has been imported that makes one of its loops.
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         runner.run(load(name).main())

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import outcome
 import pytest
 import trio
 
@@ -271,6 +272,44 @@ def test_an_error_of_the_cleanup_is_raised(run: Runner) -> None:
             with pytest.raises(KeyError) as caught:
                 await task
             assert isinstance(caught.value.__context__, asyncio.CancelledError)
+
+    run(main)
+
+
+def test_an_error_in_the_same_moment_does_not_hide_a_cancellation(run: Runner) -> None:
+    """As with asyncio's futures: who tries again after each error would never end."""
+
+    async def main() -> None:
+        async with open_trio() as portal:
+
+            async def on_its_way() -> None:
+                begun.set()
+                try:
+                    await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.SUCCEEDED)
+                finally:
+                    for _ in range(3):
+                        await trio.lowlevel.cancel_shielded_checkpoint()
+
+            begun = asyncio.Event()
+            task = asyncio.create_task(portal.run(on_its_way))
+            await begun.wait()
+            (crossing,) = portal.crossings
+            assert crossing.task is not None
+            trio.lowlevel.reschedule(crossing.task, outcome.Error(OSError("the wire broke")))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+            async def arrived() -> None:
+                try:
+                    with trio.fail_after(0):  # an error that comes of another cancellation
+                        await trio.sleep_forever()
+                finally:
+                    portal.loop.call_soon(task.cancel)
+
+            task = asyncio.create_task(portal.run(arrived))
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
     run(main)
 

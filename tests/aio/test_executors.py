@@ -109,19 +109,21 @@ async def test_a_timeout_does_not_wait_for_the_thread() -> None:
 
 async def test_threads_are_waited_for_and_named(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("trio_dcore.aio._executors._EVERY", 0.01)
-    may_end = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def work() -> None:
+        begun.set()
         while not caplog.records:
-            may_end.wait(0.001)
-        may_end.set()
+            ended.wait(0.001)
+        ended.set()
 
     async with no_leaks():
-        with trio.move_on_after(0.01) as scope:
-            async with open_loop():
-                await run_asyncio(run_in, None, work)
-        assert scope.cancelled_caught
-    assert may_end.is_set()
+        async with open_loop(), trio.open_nursery() as nursery:
+            nursery.start_soon(run_asyncio, run_in, None, work)
+            while not begun.is_set():  # noqa: ASYNC110  # a thread's
+                await trio.sleep(0.001)
+            nursery.cancel_scope.cancel()
+        assert ended.is_set()
     warnings = {record.getMessage() for record in caplog.records if record.levelno > logging.INFO}
     assert warnings == {
         "open_loop() waits for a function that runs in its default executor: test_threads_are_waited_for_and_named.<locals>.work"

@@ -682,6 +682,17 @@ def test_exits_in_stray_tasks_end_the_block(error: BaseException) -> None:
     assert journal == ["cancelled", "finally", "block left", "cancelled", "finally"]
 
 
+def test_an_exit_in_the_very_first_callback() -> None:
+    async def main() -> None:
+        async with open_loop() as loop:
+            loop.call_soon(sys.exit, 3)
+            loop.create_task(asyncio.sleep(1e6))
+            await trio.sleep_forever()
+
+    with no_leaks(), pytest.raises(SystemExit, match="3"):
+        trio.run(main)
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
 def test_exits_in_trio_tasks_of_asyncio_code_end_the_block(error: BaseException) -> None:
     """They are started by trio-asyncio's own functions."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import trio_dcore.client
+import trio_dcore.server
 from trio_dcore import aio
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -86,3 +88,19 @@ def test_the_names_of_distributed_core_are_there() -> None:
     assert set(names) <= set(aio.__all__)
     for name in aio.__all__:
         assert getattr(aio, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("ours", "native", "without"),
+    [
+        (aio.Server, trio_dcore.Server, {"serve"}),  # `await nursery.start(server.serve, ...)` is trio's way
+        (aio.rpc, trio_dcore.rpc, set()),
+        (aio.ConnectionPool, trio_dcore.ConnectionPool, {"acquire", "discard", "release", "reuse"}),  # those are for calls
+        (aio.Comm, trio_dcore.Comm, set()),
+        (aio.BatchedSend, trio_dcore.BatchedSend, {"run"}),
+        (aio.RemoteStream, trio_dcore.client.RemoteStream, set()),
+        (aio.Request, trio_dcore.server.Request, {"server"}),
+    ],
+)
+def test_both_flavours_have_the_same_names(ours: type, native: type, without: set[str]) -> None:
+    assert {name for name in dir(native) if not name.startswith("_")} - set(dir(ours)) == without

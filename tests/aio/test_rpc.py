@@ -281,6 +281,12 @@ def test_a_pool(run: Runner) -> None:
             async with pool(address) as remote:
                 assert remote.address == address
                 assert await remote.add(x=2, y=2) == 4
+            host, _, port = address.removeprefix("tcp://").partition(":")
+            assert pool(ip=host, port=port).address == address
+            assert await pool(ip=host, port=int(port)).add(x=2, y=3) == 5
+            with pytest.raises(TypeError, match="give an address"):
+                pool()
+            assert (pool.connecting, pool.bytes_read, pool.bytes_written) == (0, 0, 0)
             assert "ConnectionPool" in repr(pool)
             pool.close_now()
             assert pool.closed

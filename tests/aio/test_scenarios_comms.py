@@ -564,9 +564,10 @@ def test_comm_closed_on_read_error_inside_of_a_message(run: Runner) -> None:
                 loop = asyncio.get_running_loop()
                 connecting = asyncio.create_task(connect(f"tcp://127.0.0.1:{listening.getsockname()[1]}"))
                 peer, _ = await loop.sock_accept(listening)
-                # What the server says by way of a handshake, said by somebody who then stops in the middle of a message.
+                # The server's handshake, passed on by somebody who then stops in the middle of a message.
                 with peer, socket.create_connection((server.host, server.port)) as there:
                     there.setblocking(False)
+                    await loop.sock_sendall(there, await loop.sock_recv(peer, 10_000))
                     await loop.sock_sendall(peer, await loop.sock_recv(there, 10_000))
                     async with await connecting as comm:
                         await loop.sock_sendall(peer, (100).to_bytes(8, "little") + b"\1")

@@ -74,6 +74,16 @@ class Gated:
         return str, ("made",)
 
 
+class Bulky:
+    """Has a large pickle."""
+
+    nbytes = OFFLOAD + 1
+
+    def __reduce__(self) -> Any:
+        _gates[-1].wait()
+        return bytes, (bytes(self.nbytes),)
+
+
 class Arriving:
     """Waits at the gate when it is unpickled; its pickle is large."""
 
@@ -340,6 +350,21 @@ async def test_small_words_get_through_meanwhile(new_pair: Any, kind: str) -> No
                 assert await pair.server.read() == "made"
 
 
+async def test_nothing_gets_into_the_middle_of_it(new_pair: Any) -> None:
+    """Also in the moment in which there is room again."""
+    async with new_pair("tcp") as pair:
+        with Gate() as gate:
+            gate.open()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pair.client.write, Bulky())
+                await gate.arrived.wait()
+                await settle(0.1)
+                for _ in range(100):
+                    pair.server._pump.fill_nowait(pair.server._parser)
+                assert pair.client.write_soon("behind")
+                assert [await pair.server.read() for _ in range(2)] == [bytes(Bulky.nbytes), "behind"]
+
+
 async def test_what_is_owed_goes_first(new_pair: Any) -> None:
     async with new_pair("memory", capacity=1000) as pair:
         with Gate() as gate:
@@ -374,7 +399,7 @@ async def test_what_is_owed_is_sent_though_the_large_message_is_given_up(new_pai
 
 
 async def test_closing_does_not_wait_for_the_thread(framed: Any) -> None:
-    with Gate() as gate:
+    with Gate() as gate, trio.fail_after(PATIENCE / 2):
         async with trio.open_nursery() as nursery:
 
             async def write() -> None:
@@ -477,6 +502,11 @@ async def test_a_large_message_is_decoded_in_a_thread_and_nobody_reads_meanwhile
         await reader()
     assert read == ["made", "next"]
     assert not framed.server.reading
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reader)
+        await settle(0.005)
+        assert framed.server.reading
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_read_that_is_cancelled_meanwhile_loses_nothing(framed: Any) -> None:

@@ -1215,3 +1215,61 @@ async def test_credit_for_a_very_large_window_comes_back_long_before_half_of_it(
         kind, _, credit = await read(theirs)
         assert kind == WINDOW
         assert 1 <= credit[0] <= 2
+
+
+class TestReadingWhatIsHere:
+    async def test_it_is_kept(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            await theirs.write((ITEM, 5, "item"))
+            await theirs.write((END, 5, None))
+            await wait_all_tasks_blocked(0.01)
+            await stream.read_what_is_here()
+            assert stream.ended
+            assert await stream.receive() == "item"
+            with pytest.raises(trio.EndOfChannel):
+                await stream.receive()
+
+    async def test_it_does_not_wait(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            await stream.read_what_is_here()
+            assert not ours.reading
+            await theirs.write((ITEM, 5, "item"))
+            assert await stream.receive() == "item"
+
+    async def test_not_for_ever(self, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            for _ in range(200):
+                theirs.write_soon((PONG, 5, None))
+            await wait_all_tasks_blocked(0.01)
+            await substream(ours).read_what_is_here()
+            assert 0 < ours.messages_read < 100
+
+    @pytest.mark.parametrize("how", ["gone", "mistaken"])
+    async def test_an_error_is_for_who_receives(self, how: str, where: str) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            if how == "gone":
+                theirs.abort()
+            else:
+                await theirs.write("no envelope")
+            await wait_all_tasks_blocked(0.01)
+            await stream.read_what_is_here()
+            with pytest.raises((CommClosedError, trio.ClosedResourceError)):
+                await stream.receive()
+
+    async def test_not_while_another_task_reads(self, where: str, nursery: trio.Nursery) -> None:
+        async with comms(where) as (ours, theirs):
+            stream = substream(ours)
+            found = []
+
+            async def receive() -> None:
+                found.append(await stream.receive())
+
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked(0.01)
+            await stream.read_what_is_here()
+            await theirs.write((ITEM, 5, "item"))
+            await wait_all_tasks_blocked(0.01)
+            assert found == ["item"]

@@ -24,6 +24,7 @@ from distributed.core import Server as StockServer
 from distributed.core import rpc as stock_rpc
 
 import trio_dcore
+from tests.interop.dask_nodes import gate, making, protocol, said  # noqa: F401  # fixtures
 from trio_dcore import ConnectionPool, Server, rpc
 
 _PACKAGE = str(Path(trio_dcore.__file__).parent)

@@ -11,7 +11,8 @@ import trio
 
 from tests.reference.controls import by, control, wrap
 from trio_dcore import SerializationError, Server, UnknownOp
-from trio_dcore.comm import FramedComm
+from trio_dcore.client import _call
+from trio_dcore.comm import FramedComm, _substream
 from trio_dcore.server import _connection
 from trio_dcore.server._connection import Connection
 from trio_dcore.server._handlers import HandlerEntry
@@ -258,6 +259,19 @@ def swallows_cancelled(patch: pytest.MonkeyPatch) -> None:
             return await original(*args, **kwargs)
         except trio.Cancelled:
             return None
+
+
+@control(
+    "What reads delivers no cancellation while there is something to read: a peer that talks without a pause is listened to for ever.",
+    by("b01_a_peer_that_talks_without_a_pause", "t", "hang: "),
+    by("j01_a_server_that_talks_without_a_pause", "u", "hang: "),
+)
+def listens_for_ever(patch: pytest.MonkeyPatch) -> None:
+    async def go_on() -> None:
+        pass
+
+    for module in (_substream, _call):
+        patch.setattr(module, "checkpoint_if_cancelled", go_on)
 
 
 @control(

@@ -396,14 +396,18 @@ PROGRAM = """
                     await task
                 except asyncio.CancelledError:
                     journal.append("cancelled")
+
+    with no_leaks():
+        asyncio.run(main(), debug=True)
+
+    async def open_loop():
         try:
             aio.open_loop()
         except ImportError as error:
             assert says in str(error) and "aio.open_trio()" in str(error), error
             journal.append("one clear error")
 
-    with no_leaks():
-        asyncio.run(main(), debug=True)
+    trio.run(open_loop)
     assert "trio_asyncio" not in sys.modules
     print(sorted(journal))
 """

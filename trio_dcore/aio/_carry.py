@@ -312,15 +312,17 @@ class Crossing:
             failures: raise what the trio side has raised; else it is of no interest.
         """
         cancelled = None
+        late = False
         try:
             await self.waiter
         except asyncio.CancelledError as error:
             cancelled = error
-            if not self.done:
+            late = self.done
+            if not late:
                 cancelled = await self.wait_cancelled() or error
         failure, self.error = self.error, None
         try:
-            if failure is not None and failures and not (cancelled is not None and isinstance(failure, PortalClosed)):
+            if failure is not None and failures and (cancelled is None or _outweighs(failure, late)):
                 raise _of_ours(failure, self.fn)
             if cancelled is not None:
                 raise cancelled
@@ -337,8 +339,9 @@ async def run_in_trio(
     new task has).
 
     Cancellation: cancels that scope, and waits for the trio side to end, for its shielded cleanup too, however often the asyncio task
-    is cancelled meanwhile.  Then CancelledError is raised, also if there is a value by then, which is lost; if the trio side raised an
-    error, that is raised instead.  A trio task that does not end is named in the log every second.
+    is cancelled meanwhile.  Then CancelledError is raised, also if there is a value or an error by then, which is lost, as in asyncio; if
+    the trio side raised an error while it cleaned up, that is raised instead.  A trio task that does not end is named in the log every
+    second.
 
     Args:
         portal: of the running loop.
@@ -354,9 +357,10 @@ async def run_in_trio(
     try:
         await crossing.waiter
     except asyncio.CancelledError as cancelled:
-        latest = None if crossing.done else await crossing.wait_cancelled()
+        late = crossing.done
+        latest = None if late else await crossing.wait_cancelled()
         error = crossing.error
-        if error is not None and not isinstance(error, PortalClosed):
+        if error is not None and _outweighs(error, late):
             try:
                 raise _of_ours(error, fn)  # the CancelledError is its context
             finally:
@@ -383,6 +387,39 @@ async def run_in_trio(
     if crossing.cancelled:
         raise PortalClosed("the trio run of this event loop ends")
     return crossing.value  # type: ignore[no-any-return]
+
+
+def _outweighs(error: BaseException, late: bool) -> bool:
+    """Whether a task that was cancelled raises this error of the trio side: if it comes of the cancellation.
+
+    One that had come before is lost, as asyncio loses what a future gets in the moment in which its task is cancelled.  Else the
+    cancellation would be, which comes once: a loop that tries again after an OSError would never end.
+
+    Args:
+        error: of the trio side.
+        late: the trio side had ended when the task was cancelled.
+    """
+    if isinstance(error, PortalClosed):
+        return False
+    if not isinstance(error, Exception):
+        return True
+    return not late and _saw_cancelled(error)
+
+
+def _saw_cancelled(error: BaseException) -> bool:
+    """Whether there is a trio.Cancelled among its contexts, causes and leaves."""
+    seen: set[int] = set()
+    found = [error]
+    while found:
+        each = found.pop()
+        if isinstance(each, trio.Cancelled):
+            return True
+        if id(each) not in seen:
+            seen.add(id(each))
+            found += [before for before in (each.__context__, each.__cause__) if before is not None]
+            if isinstance(each, BaseExceptionGroup):
+                found += each.exceptions
+    return False
 
 
 def _of_ours(error: BaseException, fn: object) -> BaseException:

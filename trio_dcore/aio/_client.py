@@ -225,6 +225,21 @@ class ConnectionPool:
         return self._bound.pool.active
 
     @property
+    def connecting(self) -> int:
+        """How many of those are being connected."""
+        return self._bound.pool.connecting
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes received so far over the comms that are in use."""
+        return self._bound.pool.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes sent so far over the comms that are in use."""
+        return self._bound.pool.bytes_written
+
+    @property
     def closed(self) -> bool:
         """Whether the pool has been closed."""
         return self._bound.pool.closed

@@ -46,11 +46,11 @@ class Comm:
         """Send one message and return its size in bytes; see :meth:`trio_dcore.Comm.write`."""
         return await run_in_trio(self._portal, partial(self._comm.write, message, on_error=on_error, serializers=serializers))
 
-    async def read(self) -> Any:
+    async def read(self, deserializers: Sequence[str] | None = None) -> Any:
         """Receive one message; all ends are CommClosedError; see :meth:`trio_dcore.Comm.read`."""
         if self._kept:
             return self._kept.pop()
-        return await run_in_trio(self._portal, self._comm.read, dispose=self._kept.append)
+        return await run_in_trio(self._portal, self._comm.read, deserializers, dispose=self._kept.append)
 
     async def send(self, value: Any) -> None:
         """Send one message.  As :meth:`write`, but a comm that was closed here raises ``trio.ClosedResourceError``."""

@@ -39,6 +39,10 @@ from ._strays import Strays, report_tasks
 __all__ = ["open_loop", "redeliver_of", "running_loop"]
 
 
+# How many callbacks that are ready are called before other trio tasks take their turn: as many as messages of a comm.
+_CALLBACKS = 16
+
+
 class open_loop:
     """An asyncio event loop for the block: ``async with open_loop() as loop:``, in a trio program.
 
@@ -188,17 +192,26 @@ class _Loop(Executors):
 
     @enable_ki_protection
     async def _main_loop_one(self, no_wait: bool = False) -> None:
-        """A step of trio-asyncio's main task, in which whatever asyncio code raises would end it, and leave the others hanging.
+        """A step of trio-asyncio's main task.
+
+        An exit that asyncio code raises would end that task there, and leave everybody who waits hanging.  And each step is one of
+        trio's scheduler, which costs more than most callbacks: here it is several callbacks, if they are ready.
 
         Protected, since a KeyboardInterrupt between two callbacks would lose one; what handlers and :func:`run_asyncio` run is
         not, and trio's main task gets it otherwise.
         """
-        try:
-            await super()._main_loop_one(no_wait)  # type: ignore[misc]  # of the loop's class
-        except (KeyboardInterrupt, SystemExit) as error:
-            if type(error).__module__.partition(".")[0] == "trio_asyncio":
-                raise  # how it stops
-            self._on_exit(error)
+        one = super()._main_loop_one  # type: ignore[misc]  # of the loop's class
+        for turn in range(_CALLBACKS):
+            try:
+                await one(no_wait or turn > 0)
+            except (KeyboardInterrupt, SystemExit) as error:
+                if type(error).__module__.partition(".")[0] == "trio_asyncio":
+                    raise  # how it stops
+                self._on_exit(error)
+            except trio.WouldBlock:
+                if turn == 0:
+                    raise
+                return
 
 
 async def _end_debugging(loop: asyncio.AbstractEventLoop) -> None:

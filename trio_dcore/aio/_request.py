@@ -61,6 +61,11 @@ class Request:
         return asyncio.get_running_loop().time() + deadline - trio.current_time()
 
     @property
+    def serializers(self) -> tuple[str, ...] | None:
+        """Families for ``Serialize`` payloads that the caller asked for; None where it named none."""
+        return self._native.serializers
+
+    @property
     def running(self) -> bool:
         """Whether the handler still runs; tasks that it left behind may ask."""
         return self._native.running

@@ -116,7 +116,7 @@ class Server:
         built_in = {"identity": self.identity, "echo": self.echo}
         self.handlers: dict[str, Handler] = {**built_in, **(handlers or {})}
         self.stream_handlers: dict[str, Handler] = dict(stream_handlers or {})
-        streaming = run_to_end(native.connection_stream)
+        streaming = handler(run_to_end(self.connection_stream))
         native.handlers = _Adapted(
             lambda: self.handlers, lambda op: streaming if op == "connection_stream" and self.stream_handlers else None
         )
@@ -363,6 +363,10 @@ class Server:
             del error
 
     # -- streams -------------------------------------------------------------------------------------------------------------------------
+
+    async def connection_stream(self, comm: Comm) -> None:
+        """Serve ``stream_handlers`` to the caller; reachable under that name only if there are any."""
+        await self.handle_stream(comm)
 
     async def handle_stream(self, comm: Comm, extra: Mapping[str, Any] | None = None) -> None:
         """Run ``stream_handlers`` for the messages of a comm until its stream ends; see :meth:`trio_dcore.Server.handle_stream`."""

@@ -205,8 +205,6 @@ class FramedComm(WritingComm):
             self._parser.last_size = size  # in the meantime a watch may have read on
             self._unpacking = False
             self._reading = self._watch is not None and self._watch.reading
-            if self.after_read is not None:
-                self.after_read()
 
     async def next_head(self, ahead: bool = False) -> tuple[object, list[Buffer] | None] | None:
         if self._reading:
