@@ -144,6 +144,24 @@ async def test_asyncio_streams_and_subprocesses() -> None:
         assert await run_asyncio(spawn) == (b"42\n", 0)
 
 
+async def test_busy_asyncio_code_lets_trio_tasks_run() -> None:
+    spins = 0
+
+    async def spin() -> None:
+        nonlocal spins
+        while True:
+            spins += 1
+            await asyncio.sleep(0)
+
+    async with no_leaks(), open_loop() as loop:
+        loop.create_task(spin())
+        for _ in range(100):
+            before = spins
+            await trio.lowlevel.checkpoint()
+            assert spins - before <= 2 * module._CALLBACKS
+    assert spins > 100
+
+
 async def test_one_loop_in_another_and_after_another(autojump_clock: trio.testing.MockClock) -> None:
     async def which() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
