@@ -13,6 +13,8 @@ import pytest
 TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 DOES_NOT_APPLY = "does not apply"
+# The column of what asyncio programs do.  Where something does not apply at all, there is nothing in it.
+THROUGH, NOTHING = "through `aio`", "–"
 
 # The tests of distributed 2026.8 for its servers, comms, batched streams and task groups, by file.
 THEIRS = {
@@ -153,7 +155,12 @@ def test_no_test_of_theirs_is_missing() -> None:
 def test_a_test_of_theirs_is_shown(section: str, row: Row) -> None:
     assert "here" in row
     assert row["what it asserts"]
-    assert checked(row, ("test", "what it asserts")) == {}
+    plain = ["test", "what it asserts"]
+    if row["here"].startswith(DOES_NOT_APPLY):
+        assert row[THROUGH] == NOTHING
+        plain.append(THROUGH)
+    assert checked(row, tuple(plain)) == {}
+    assert all(test.startswith("aio/test_scenarios_") for test in named(row[THROUGH]))
 
 
 def test_the_counts() -> None:
@@ -162,11 +169,15 @@ def test_the_counts() -> None:
     for file, row in counts.items():
         cells = [each["here"] for section, each in PARITY if file in (section, "all")]
         apart = sum(cell.startswith(DOES_NOT_APPLY) for cell in cells)
-        assert (row["there"], row["shown here"], row["does not apply"]) == (
+        through = sum(bool(named(each[THROUGH])) for section, each in PARITY if file in (section, "all"))
+        assert (row["there"], row["shown here"], row["does not apply"], row[f"shown {THROUGH}"]) == (
             str(len(cells)),
             str(len(cells) - apart),
             str(apart),
+            str(through),
         ), file
+    said = (DOCS / "parity.md").read_text(encoding="utf-8")
+    assert f"{counts['all'][f'shown {THROUGH}']} of the {counts['all']['shown here']} that apply" in said
 
 
 def test_no_demonstration_is_missing() -> None:
@@ -190,8 +201,8 @@ def test_tests_that_bear_the_id_of_a_demonstration_are_in_its_row() -> None:
 def test_the_tests_for_parity_are_named() -> None:
     """None was written for nothing."""
     cells = " ".join(cell for row in [*(row for _, row in PARITY), *SEEN] for cell in row.values())
-    for file in sorted(TESTS.glob("parity/test_*.py")):
-        place = f"parity/{file.name}"
+    for file in sorted([*TESTS.glob("parity/test_*.py"), *TESTS.glob("aio/test_scenarios_*.py")]):
+        place = f"{file.parent.name}/{file.name}"
         assert {name for name in ours(place) if f"`{place}::{name}`" not in cells} == set()
 
 

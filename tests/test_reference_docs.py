@@ -36,7 +36,7 @@ def resolve(name: str) -> object:
         return getattr(importlib.import_module(module), attribute)
 
 
-@pytest.mark.parametrize("package", ["trio_dcore", "trio_dcore.testing", "trio_dcore.errors"])
+@pytest.mark.parametrize("package", ["trio_dcore", "trio_dcore.testing", "trio_dcore.errors", "trio_dcore.aio"])
 def test_everything_public_is_shown(package: str) -> None:
     shown = [resolve(name) for name in documented()]
     public = importlib.import_module(package)

@@ -72,16 +72,25 @@ def test_what_has_no_flavour_is_the_same() -> None:
         "coerce_to_address",
         "get_address_host",
         "get_address_host_port",
-        "get_local_address_for",
         "normalize_address",
         "parse_address",
         "parse_host_port",
-        "resolve_address",
         "unparse_address",
         "unparse_host_port",
         "uri_from_host_port",
     ):
         assert getattr(aio, name) is getattr(trio_dcore, name)
+
+
+def test_what_asks_a_name_server(run: Runner) -> None:
+    async def main() -> None:
+        assert await aio.resolve_address("tcp://127.0.0.1:80") == "tcp://127.0.0.1:80"
+        assert await aio.resolve_address("tcp://localhost:80") in ("tcp://127.0.0.1:80", "tcp://[::1]:80")
+        assert await aio.get_local_address_for("tcp://127.0.0.1:80") == "tcp://127.0.0.1"
+        with pytest.raises(aio.AddressError):
+            await aio.resolve_address("nonsense://x")
+
+    run(main)
 
 
 # -- who is at which end ---------------------------------------------------------------------------------------------------------------

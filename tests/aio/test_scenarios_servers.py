@@ -6,13 +6,13 @@ import asyncio
 import errno
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.aio.running import Runner
-from tests.aio.scenarios import at_once, echo, free_port, ping, until
+from tests.aio.scenarios import at_once, free_port, ping, until
 from tests.parity.conftest import Place, has_ipv6
 from trio_dcore.aio import (
     BatchedSend,
@@ -500,29 +500,5 @@ def test_messages_are_ordered(run: Runner, how: str, place: Place) -> None:
                         await comm.write(message)
                 await until(lambda: len(server.numbers) == count)
                 assert server.numbers == [*range(count)]
-
-    run(main)
-
-
-def test_a_handler_that_streams(run: Runner, place: Place) -> None:
-    """As Dask's documents have it: by hand, a request without ``reply`` is answered by the items, then by what is returned."""
-
-    async def count(comm: Comm, n: int) -> str:
-        for i in range(n):
-            await comm.write(i)
-        return "counted"
-
-    async def numbers(n: int) -> AsyncIterator[int]:
-        for i in range(n):
-            yield i
-
-    async def main() -> None:
-        async with Server({"count": count, "numbers": numbers, "echo": echo}, **place.options) as server:
-            address = await server.listen(place.address)
-            async with await connect(address, **place.options) as comm:
-                await comm.write({"op": "count", "n": 3})
-                assert [await comm.read() for _ in range(4)] == [0, 1, 2, "counted"]
-            async with rpc(address, **place.options) as remote:
-                assert [item async for item in remote.numbers.stream(n=40)] == [*range(40)]
 
     run(main)

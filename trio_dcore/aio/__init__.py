@@ -20,11 +20,9 @@ from ..comm import (
     coerce_to_address,
     get_address_host,
     get_address_host_port,
-    get_local_address_for,
     normalize_address,
     parse_address,
     parse_host_port,
-    resolve_address,
     unparse_address,
     unparse_host_port,
     uri_from_host_port,
@@ -50,6 +48,7 @@ from ..errors import (
 )
 from ..protocol import Limits, Pickled, Serialize, Serialized, ToPickle, register_serialization, to_serialize
 from ..server import Status, in_thread, run_to_end
+from ._addressing import get_local_address_for, resolve_address
 from ._batched import BatchedSend
 from ._carry import run_in_asyncio, run_in_trio
 from ._client import ConnectionPool, rpc
