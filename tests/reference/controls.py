@@ -1,6 +1,6 @@
 """Negative controls: servers and clients that are broken, each in one way, so that the reference tests must fail.
 
-The controls themselves are in controls_servers.py, controls_clients.py and controls_limits.py.  Each replaces functions of the library
+The controls themselves are in controls_servers.py, controls_clients.py, controls_limits.py and controls_bridge.py.  Each replaces functions of the library
 for as long as a ``MonkeyPatch`` lasts, and names the reference tests that must notice, with what their failure says: a test that fails
 for another reason does not count.
 """
@@ -26,6 +26,7 @@ MODULES = {
     "h": "test_h_resources",
     "j": "test_j_deadlines",
     "k": "test_k_signals_and_runs",
+    "l": "test_l_bridge",
     "m": "test_m_elsewhere",
     "n": "test_n_sweeps",
 }

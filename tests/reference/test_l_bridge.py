@@ -106,7 +106,7 @@ async def test_l01_a_coroutine_that_swallows_is_cancelled_again_and_named(wire: 
     async def stubborn() -> None:
         for _ in range(3):
             try:
-                await asyncio.sleep(1e6)
+                await asyncio.sleep(wire.seconds(20))
             except asyncio.CancelledError:
                 cancelled.append(trio.current_time())
 
@@ -297,7 +297,7 @@ async def test_l04_one_that_does_not_end_is_named_and_not_abandoned(wire: Wire) 
     async def stubborn() -> None:
         for _ in range(3):
             try:
-                await asyncio.sleep(1e6)
+                await asyncio.sleep(wire.seconds(20))
             except asyncio.CancelledError:
                 journal.append("swallowed")
         journal.append("ended")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.reference import controls_clients, controls_limits, controls_servers, kit  # noqa: F401  # which fill CONTROLS
+from tests.reference import controls_bridge, controls_clients, controls_limits, controls_servers, kit  # noqa: F401  # which fill CONTROLS
 from tests.reference.controls import CONTROLS, Catch, Control
 
 DOC = Path(__file__).parent.parent.parent / "docs" / "shutdown-controls.md"
