@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 DOES_NOT_APPLY = "does not apply"
 # The column of what asyncio programs do.  Where something does not apply at all, there is nothing in it.
-THROUGH, NOTHING = "through `aio`", "–"
+THROUGH, NOTHING = "through `aio`", "-"
 
 # The tests of distributed 2026.8 for its servers, comms, batched streams and task groups, by file.
 THEIRS = {

@@ -189,6 +189,54 @@ async def test_one_that_ends_early_and_a_block_that_fails(autojump_clock: trio.t
                     raise ValueError(1)
 
 
+async def test_one_that_ends_early_in_a_block_with_a_nursery(autojump_clock: trio.testing.MockClock) -> None:
+    async with no_leaks(), open_loop():
+        with pytest.RaisesGroup(ValueError, TimeoutError):
+            async with enter_asyncio(asyncio.timeout, 1), trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep, 100)
+                try:
+                    await trio.sleep(100)
+                finally:
+                    raise ValueError(1)
+
+
+async def test_one_that_is_cancelled_in_asyncio(autojump_clock: trio.testing.MockClock) -> None:
+    async with no_leaks(), open_loop():
+        for swallow, message in (
+            ((), "nobody on the other side"),
+            (asyncio.CancelledError, "was cancelled in asyncio, and swallowed"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                async with enter_asyncio(Manager(), swallow):
+                    (task,) = asyncio.all_tasks()
+                    task.cancel()
+                    await trio.sleep(100)
+
+
+async def test_cancelled_when_it_has_just_been_entered(autojump_clock: trio.testing.MockClock) -> None:
+    """Its block begins, and sees that."""
+    journal = []
+
+    @asynccontextmanager
+    async def deaf() -> AsyncIterator[None]:
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            pass
+        try:
+            yield
+        finally:
+            journal.append("left")
+
+    async with no_leaks(), open_loop():
+        with trio.move_on_after(1) as scope:
+            async with enter_asyncio(deaf):
+                journal.append("begun")
+                await trio.sleep(100)
+        assert scope.cancelled_caught
+    assert journal == ["begun", "left"]
+
+
 async def test_wrong_use(autojump_clock: trio.testing.MockClock) -> None:
     with pytest.raises(LocalProtocolError, match="open_loop"):
         async with enter_asyncio(Manager()):

@@ -220,6 +220,20 @@ async def test_a_missing_loop_is_a_clear_error() -> None:
         await run_asyncio(asyncio.sleep, 0)
 
 
+async def test_the_loop_of_another_thread_is_a_clear_error() -> None:
+    """A thread inherits the context variables of who has started it."""
+
+    async def elsewhere() -> None:
+        with pytest.raises(LocalProtocolError, match="belongs to another thread"):
+            await run_asyncio(asyncio.sleep, 0)
+        async with open_loop():
+            await run_asyncio(asyncio.sleep, 0)
+
+    async with open_loop():
+        await trio.to_thread.run_sync(trio.run, elsewhere)
+        await run_asyncio(asyncio.sleep, 0)
+
+
 async def test_a_closed_loop_is_a_clear_error() -> None:
     async def late(task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
@@ -519,6 +533,30 @@ async def test_what_strays_have_open_is_closed() -> None:
             while server.statistics().connections:  # noqa: ASYNC110  # nobody tells of that
                 await trio.sleep(0.001)
     assert len(remotes) == 1
+
+
+async def test_what_does_not_end_in_trio_is_named(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def stubborn() -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(4.5)
+
+    async def call() -> None:
+        async with open_trio() as portal:
+            await portal.run(stubborn)
+
+    async with no_leaks():
+        async with open_loop() as loop:
+            loop.create_task(call())
+            await trio.sleep(1)
+            start = trio.current_time()
+        assert trio.current_time() - start == pytest.approx(3.5)
+    lines = [line.splitlines() for line in loud(caplog)]
+    assert lines
+    assert all("does not end: " in first for first, *_ in lines)
+    assert any(first.startswith("open_loop() waits for a trio task") for first, *_ in lines)
+    assert any("in stubborn" in line for _, *stack in lines for line in stack)
 
 
 async def test_the_failure_of_a_stray_task_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -114,6 +114,79 @@ def test_blocks_inside_of_blocks_have_their_own_nursery(run: Runner) -> None:
     run(main)
 
 
+def test_blocks_of_tasks_of_their_own_end_in_any_order(run: Runner) -> None:
+    async def block(begun: asyncio.Event, leave: asyncio.Event) -> None:
+        async with open_trio() as portal, aio.Server() as server, aio.rpc(await server.listen("inproc://")) as remote:
+            waiting = asyncio.create_task(portal.run(trio.sleep_forever))
+            begun.set()
+            await leave.wait()
+            assert await portal.run(double, 1) == 2
+            assert await remote.echo(data=1) == 1
+            assert not waiting.done()
+        with pytest.raises(PortalClosed):
+            await waiting
+
+    async def main() -> None:
+        for order in ((0, 1, 2), (2, 0, 1)):
+            events = [(asyncio.Event(), asyncio.Event()) for _ in range(3)]
+            tasks = [asyncio.create_task(block(*each)) for each in events]
+            for begun, _ in events:
+                await begun.wait()
+            assert holders() == []
+            for n in order:
+                assert trio_runs()
+                events[n][1].set()
+                await tasks[n]
+            assert not trio_runs()
+
+    run(main)
+
+
+def test_what_others_use_goes_on_after_the_block(run: Runner) -> None:
+    async def others(may_begin: asyncio.Event, begun: asyncio.Event, left: asyncio.Event) -> None:
+        await may_begin.wait()
+        async with aio.Server() as server, aio.rpc(await server.listen("tcp://127.0.0.1:0")) as remote:
+            assert await remote.echo(data=1) == 1
+            begun.set()
+            await left.wait()
+            assert await remote.echo(data=2) == 2
+        assert not trio_runs()
+
+    async def main() -> None:
+        events = [asyncio.Event() for _ in range(3)]
+        task = asyncio.create_task(others(*events))
+        async with open_trio():
+            events[0].set()
+            await events[1].wait()
+        events[2].set()
+        await task
+
+    run(main)
+
+
+def test_a_block_in_a_run_that_asyncio_run_ends(run: Runner) -> None:
+    """Its task is cancelled as the one that stands for the run, and is waited for."""
+    log: list[object] = []
+
+    async def block(portal_there: asyncio.Event) -> None:
+        async with open_trio() as portal:
+            portal_there.set()
+            try:
+                await portal.run(trio.sleep_forever)
+            finally:
+                log.append(await portal.run(double, 1))
+
+    async def main() -> None:
+        await aio.Server()
+        portal_there = asyncio.Event()
+        log.append(asyncio.create_task(block(portal_there)))
+        await portal_there.wait()
+
+    run(main)
+    assert log[1:] == [2]
+    assert not trio_runs()
+
+
 def test_cancelled_while_the_block_is_left(run: Runner) -> None:
     log: list[str] = []
     cleaning = asyncio.Event()
@@ -198,6 +271,39 @@ def test_a_trio_run_that_breaks_down_is_told(run: Runner) -> None:
         assert not trio_runs()
         async with open_trio() as portal:
             assert await portal.run(double, 1) == 2
+
+    run(main)
+
+
+def test_blocks_in_a_run_that_breaks_down_end(run: Runner) -> None:
+    async def crash() -> None:
+        raise KeyError("system task")
+
+    async def start_crash() -> None:
+        trio.lowlevel.spawn_system_task(crash)
+
+    async def block(begun: asyncio.Event) -> None:
+        async with open_trio() as outer, open_trio() as inner:
+            calls = [asyncio.create_task(portal.run(trio.sleep_forever)) for portal in (outer, inner)]
+            begun.set()
+            for call in calls:
+                with pytest.raises(PortalClosed):
+                    await call
+
+    async def main() -> None:
+        begun = [asyncio.Event() for _ in range(2)]
+        blocks = [asyncio.create_task(block(event)) for event in begun]
+        for event in begun:
+            await event.wait()
+        with pytest.raises(trio.TrioInternalError):
+            async with open_trio() as portal:
+                with pytest.raises(PortalClosed):
+                    await portal.run(start_crash)
+                    await portal.run(trio.sleep_forever)
+        for each in blocks:
+            with pytest.raises(trio.TrioInternalError):
+                await each
+        assert not trio_runs()
 
     run(main)
 
@@ -623,6 +729,28 @@ async def test_in_a_loop_of_trio_asyncio() -> None:
     async with no_leaks():
         async with trio_asyncio.open_loop():
             await trio_asyncio.aio_as_trio(main)()
+
+
+def test_asyncio_run_in_a_trio_task_says_that_trio_stands_still() -> None:
+    """Where nobody has imported trio_asyncio, which makes this a plain `no running event loop`."""
+    ended = program("""
+import asyncio, trio
+from trio_dcore import aio
+
+async def begin():
+    for use in (aio.Server().start, aio.open_trio().__aenter__, aio.rpc("inproc://nobody").echo):
+        try:
+            await use()
+        except aio.LocalProtocolError as error:
+            print(error)
+
+async def main():
+    asyncio.run(begin())
+
+trio.run(main)
+""")
+    assert ended.stdout.count("runs inside of a trio task, which stands still") == 3, ended.stderr
+    assert ended.stderr == ""
 
 
 async def test_in_our_open_loop() -> None:

@@ -8,6 +8,7 @@ whole process, which handles large messages and is never shut down.
 from __future__ import annotations
 
 import gc
+import multiprocessing.resource_tracker
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import trio
-from distributed import Client, LocalCluster, Scheduler, Worker
+from distributed import Client, LocalCluster, Nanny, Scheduler, Worker
 
 from tests.interop.dask_nodes import PATIENCE, SOON, Cluster, Gate, Making, both, held, no_tasks, refuse, results, square
 from trio_dcore import HandlerCancelled, Server, aio, rpc
@@ -139,6 +141,25 @@ async def test_a_local_cluster(tmp_path: Path) -> None:
             ):
                 assert await aio.run_asyncio(results, client, square, range(10)) == [n * n for n in range(10)]
             await no_tasks(loop)
+
+
+@pytest.fixture(scope="module")
+def resource_tracker() -> None:
+    """multiprocessing's: a process and a pipe that stay once something has been started through it."""
+    multiprocessing.resource_tracker.ensure_running()
+
+
+@pytest.mark.usefixtures("resource_tracker")
+async def test_a_worker_in_a_process_of_its_own(making: Making) -> None:
+    """That a Nanny looks after; it has ended when the block has."""
+    async with (
+        making.scheduler() as scheduler,
+        aio.open_dask(Nanny, scheduler.address, nthreads=1, local_directory=making.of_worker["local_directory"]) as nanny,
+        aio.open_dask(Client, scheduler.address) as client,
+    ):
+        assert await aio.run_asyncio(results, client, partial(divmod, 7), range(1, 10)) == [divmod(7, n) for n in range(1, 10)]
+        process = psutil.Process(nanny.pid)
+    assert not process.is_running()
 
 
 async def test_plain_calls_of_the_client(making: Making) -> None:

@@ -15,7 +15,7 @@ from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.client._pool_policy import PoolPolicy
 from trio_dcore.comm import FramedComm, get_transport
 from trio_dcore.comm._pumps import StreamPump
-from trio_dcore.testing import memory_network, memory_stream_pair
+from trio_dcore.testing import ManualPeer, memory_network, memory_stream_pair
 
 
 class TestServer:
@@ -227,3 +227,41 @@ class TestComm:
             await stream.stuck.wait()
             nursery.cancel_scope.cancel()
         assert (writer.messages_written, writer.bytes_written) == (0, 0)
+
+
+class TestConnection:
+    async def test_half_a_request_behind_one_that_runs_does_not_hold_up_a_shutdown(self, autojump_clock: MockClock) -> None:
+        """Nor does it if the rest of it is waited for only after the reply to the first."""
+        started, go_on = trio.Event(), trio.Event()
+
+        async def work() -> str:
+            started.set()
+            await go_on.wait()
+            return "done"
+
+        with memory_network() as network:
+            async with Server({"work": work}) as server:
+                peer = await ManualPeer.connect(await server.listen("memory://"), network)
+                async with peer:
+                    await peer.handshake()
+                    await peer.send({"op": "work", "reply": True})
+                    await started.wait()
+                    await peer.send_bytes(ManualPeer.encode({"op": "work"})[:-1])
+                    server.stop(600)
+                    await wait_all_tasks_blocked()
+                    go_on.set()
+                    assert await peer.receive() == "done"
+                    before = trio.current_time()
+                    await server.finished()
+                    assert trio.current_time() - before == pytest.approx(server.settings.limits.linger)
+
+    async def test_a_hasty_caller_comes_while_another_ones_handler_runs(self, autojump_clock: MockClock) -> None:
+        """The looks at both become more frequent at once."""
+        with memory_network():
+            async with Server({"work": trio.sleep}, limits=Limits(ping_interval=None)) as server:
+                address = await server.listen("memory://")
+                hasty = Limits(ping_interval=0.1, ping_timeout=0.2)
+                async with rpc(address) as one, rpc(address, limits=hasty) as other, trio.open_nursery() as nursery:
+                    nursery.start_soon(lambda: one.work(seconds=100))
+                    await trio.sleep(2.01)  # the next look would be at 3
+                    await other.work(seconds=5)

@@ -1,8 +1,8 @@
 """Negative controls: servers and clients that are broken, each in one way, so that the reference tests must fail.
 
-The controls themselves are in controls_servers.py, controls_clients.py, controls_limits.py and controls_bridge.py.  Each replaces functions of the library
-for as long as a ``MonkeyPatch`` lasts, and names the reference tests that must notice, with what their failure says: a test that fails
-for another reason does not count.
+The controls themselves are in controls_servers.py, controls_clients.py, controls_limits.py and controls_bridge.py.  Each replaces
+functions of the library for as long as a ``MonkeyPatch`` lasts, and names the reference tests that must notice, with what their failure
+says: a test that fails for another reason does not count.
 """
 
 from __future__ import annotations

@@ -482,8 +482,10 @@ class TestConnections:
             assert await peer.receive() == (0, 3, 1)
             await peer.send_bytes(ManualPeer.encode({"op": "echo", "data": 2, "trio-dcore": {"id": 4}})[:-1])
             assert await scene.calls_at() == 10
+            closed_at = trio.current_time()
             assert await peer.receive() == (9, 3, None)
             assert await peer.expect_end()
+            assert trio.current_time() == closed_at  # and not when the rest of the request is missed
 
     async def test_no_limit(self, autojump_clock: Any) -> None:
         async with stage(connections=None) as scene:

@@ -60,8 +60,7 @@ class enter_asyncio(Generic[T_co]):  # reads as a phrase
         if not self._values and not self._carried.task.done():
             await self._wait()
         if not self._values:
-            self._carried.result()
-            raise self._too_early()
+            self._carried.result()  # raises why
         self._scope.__enter__()
         return self._values.pop()
 
@@ -105,7 +104,7 @@ class enter_asyncio(Generic[T_co]):  # reads as a phrase
         """Have the asyncio task leave the context manager with an error of the block; returns whether that swallowed it."""
         assert self._carried is not None
         if not self._carried.task.done():
-            again = None
+            raise_cancel: Callable[[], Any] | None = None
             if not self._leave.done():  # else it is on its way out already
                 cancelled, rest = error.split(trio.Cancelled) if isinstance(error, BaseExceptionGroup) else (error, error)
                 if isinstance(error, trio.Cancelled) or (cancelled is not None and rest is None):
@@ -114,10 +113,11 @@ class enter_asyncio(Generic[T_co]):  # reads as a phrase
                         assert error is not None
                         raise error
 
+                    raise_cancel = again
                 else:
                     self._given = rest
                     self._leave.set_result(rest)
-            await self._wait(again)
+            await self._wait(raise_cancel)
         return bool(self._carried.result())
 
     async def _wait(self, raise_cancel: Callable[[], Any] | None = None) -> None:

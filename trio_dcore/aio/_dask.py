@@ -65,7 +65,8 @@ async def open_dask(make: Callable[..., T], /, *args: Any, grace: float = 5.0, *
     one.  A function that a worker runs in a thread can't be interrupted: it is waited for during the grace, then named in the log and
     left to itself, and its thread ends with it.  Whatever else of the node has not closed by then is cut off.
 
-    Cancellation: a start gets a second to complete, so that it can be closed; then the node is closed as said.  Raises in any case.
+    Cancellation: a start gets a second to complete, since what has started can be closed; then the node is closed as said, and
+    ``Cancelled`` raised.
 
     Args:
         make: ``distributed.Scheduler``, ``Worker``, ``Client``, ``Nanny``, ``LocalCluster``, a subclass, or what makes one.  It is called

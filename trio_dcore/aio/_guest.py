@@ -1,8 +1,10 @@
 """The trio run behind the portal of an event loop.
 
-``open_trio()`` starts one as a guest of the running asyncio loop (:func:`trio.lowlevel.start_guest_run`); so does the first rpc, pool,
-comm or server of :mod:`trio_dcore.aio` that is used in a loop without one, and that run ends when the last of them has been closed, or
-with ``asyncio.run``.  Where the loop is itself one of trio's, as trio-asyncio's are, there is a trio run already, which is used.
+The first ``open_trio()`` block in an asyncio loop starts one as a guest of that (:func:`trio.lowlevel.start_guest_run`); so does the
+first rpc, pool, comm or server of :mod:`trio_dcore.aio` that is used in a loop without one.  It ends when the last of all these has been
+closed, or with ``asyncio.run``.  Each block has a nursery of its own in it, for what its task and those started there use: blocks of tasks
+that have nothing to do with each other may end in any order.  Where the loop is itself one of trio's, as trio-asyncio's are, there is a
+trio run already, which is used.
 
 Everything happens in the loop's thread.  Only waiting for I/O, when there is nothing else to do, trio hands to a thread of its own.
 """
@@ -10,6 +12,7 @@ Everything happens in the loop's thread.  Only waiting for I/O, when there is no
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,11 +24,13 @@ import outcome
 import trio
 
 from .._util import to_raise
+from ..errors import LocalProtocolError
+from ._errors import PortalClosed
 from ._portal import Portal, current_portal
 
 __all__ = ["HOLDER_NAME", "acquire_portal", "hosting_loop", "open_trio"]
 
-#: The asyncio task that ends a trio run that nobody has opened explicitly.
+#: The asyncio task that ends a trio run that is not only used in ``open_trio()`` blocks.
 HOLDER_NAME = "trio_dcore guest"
 # What other tasks get, in seconds, that are cancelled together with the holder, as asyncio.run does at its end: they may still have to
 # say goodbye to somebody.  It waits for them anyway.
@@ -33,7 +38,7 @@ _OTHERS = 1.0
 
 
 class _Run:
-    """What is known of the trio run of an event loop."""
+    """What is known of a trio run, or of a part of one."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -54,30 +59,27 @@ class _Run:
         if not self._ended.done():
             await asyncio.wait([self._ended])
 
-    async def end(self) -> None:
-        """Close the portal and wait until the run has ended, whatever happens meanwhile.
-
-        Cancellation: raised when it has ended.
-        """
-        self.portal.close_now()
+    async def join(self) -> asyncio.CancelledError | None:
+        """Wait until the run has ended, whatever happens meanwhile.  Returns the last cancellation."""
         cancelled = None
         while not self._ended.done():
             try:
                 await asyncio.wait([self._ended])
             except asyncio.CancelledError as error:
                 cancelled = error
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure
-        if cancelled is not None:
-            raise cancelled
+        try:
+            return cancelled
+        finally:
+            del cancelled  # its traceback refers to this frame
+
+    def tell_failure(self) -> None:
+        """Raise why the run has failed, if it did."""
+        if self.failure is not None:
+            raise self.failure
 
 
-#: The portal of each loop that has one.
-_runs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Run] = weakref.WeakKeyDictionary()
+#: The guest of each loop that has one.
+_runs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Guest] = weakref.WeakKeyDictionary()
 
 
 class _Here(threading.local):
@@ -117,6 +119,9 @@ class _Guest(_Run):
         self._starting = None
         for step in steps:
             self._schedule(step)
+        self.portal.on_unused = self._unused
+        self.portal.end_unused = self._end_unused
+        self._holder: asyncio.Task[None] | None = None
         _runs[loop] = self
 
     def _schedule(self, step: Callable[[], object]) -> None:
@@ -146,37 +151,28 @@ class _Guest(_Run):
             finally:
                 del failure
 
-
-def hosting_loop() -> asyncio.AbstractEventLoop | None:
-    """The event loop whose guest the trio run of this thread is, if it is one of ours."""
-    return None if _here.guest is None else _here.guest.loop
-
-
-class _Held(_Guest):
-    """A guest that nobody has opened: it ends with its last lease, or with its task, which asyncio.run cancels."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self.portal.on_unused = self._unused
-        self.portal.end_unused = self._end_unused
-        holder = self._hold()
-        try:
-            self._holder = loop.create_task(holder, name=HOLDER_NAME, context=Context())
-        except BaseException:
-            holder.close()
-            self.portal.close_now()
-            raise
+    def hold(self) -> None:
+        """Somebody uses the run who need not say when that ends: have asyncio.run end it, which cancels the tasks that are left."""
+        if self._holder is None:
+            holder = self._hold()
+            try:
+                self._holder = self.loop.create_task(holder, name=HOLDER_NAME, context=Context())
+            except BaseException:
+                holder.close()
+                self._unused()
+                raise
 
     def _unused(self) -> None:
         # Not at once: who has closed one may open another now.
-        self.loop.call_soon(self._end_if_unused)
+        self.loop.call_soon(self.end_if_unused)
 
-    def _end_if_unused(self) -> None:
+    def end_if_unused(self) -> None:
+        """End the run if nobody needs it.  Not waited for."""
         if not self.portal.used:
             self.portal.close_now()
 
     async def _end_unused(self) -> None:
-        self._end_if_unused()
+        self.end_if_unused()
         if self.portal.closed:
             await self.wait_ended()
             await asyncio.sleep(0)  # and the holder
@@ -191,24 +187,36 @@ class _Held(_Guest):
                     await asyncio.wait(others, timeout=_OTHERS)
                 except asyncio.CancelledError:
                     pass  # they are in a hurry; what was asked for before is done anyway
-            await self.end()
+            self.portal.close_now()
+            await self.join()
+            self.tell_failure()
             raise
-        await self.end()  # raises why
+        self.tell_failure()
 
 
-class _Inner(_Run):
-    """A nursery inside of a trio run that goes on without it."""
+def hosting_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop whose guest the trio run of this thread is, if it is one of ours."""
+    return None if _here.guest is None else _here.guest.loop
+
+
+class _Block(_Run):
+    """What a block has of the trio run of its loop: a nursery, with a portal to it."""
 
     async def start(self) -> None:
-        outer = await acquire_portal()
-        self._lease = outer.lease(lambda: None)
+        outer = await acquire_portal(hold=False)
+        self._guest = _runs.get(self.loop)
+        self._lease = outer.lease(_nothing)
         ready = self.loop.create_future()
         crossing = outer.start(self._root, (ready,))
+        crossing.waiter.add_done_callback(self._root_ended)
         try:
-            await ready
+            await asyncio.wait([ready, crossing.waiter], return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             await crossing.wait_cancelled()
+            await self._leave()
             raise
+        if not ready.done():
+            raise PortalClosed("the trio run of this event loop has ended abnormally")
 
     async def _root(self, ready: asyncio.Future[None]) -> None:
         try:
@@ -224,53 +232,95 @@ class _Inner(_Run):
             self._lease.release()
             self.over()
 
+    def _root_ended(self, _: object) -> None:
+        if hasattr(self, "portal"):  # and perhaps not by itself
+            self.over()
 
-async def acquire_portal() -> Portal:
-    """The portal of the running event loop, made if there is none."""
+    async def end(self) -> None:
+        """Close the portal and wait until the block's part of the run has ended, and if nobody else needs it, the run; whatever happens.
+
+        Cancellation: raised when that is over.
+        """
+        self.portal.close_now()
+        cancelled = await self.join()
+        cancelled = await self._leave() or cancelled
+        try:
+            if self._guest is not None:
+                self._guest.tell_failure()
+            if cancelled is not None:
+                raise cancelled
+        finally:
+            del cancelled
+
+    async def _leave(self) -> asyncio.CancelledError | None:
+        self._lease.release()
+        if self._guest is None:
+            return None
+        self._guest.end_if_unused()
+        return await self._guest.join() if self._guest.portal.closed else None
+
+
+def _nothing() -> None:
+    """What a block has ends with its nursery."""
+
+
+async def acquire_portal(*, hold: bool = True) -> Portal:
+    """The portal of the ``open_trio()`` block around, or else that of the running event loop, made if there is none.
+
+    Args:
+        hold: what is used through it may be left open.
+    """
     loop = asyncio.get_running_loop()
     # That of an open_loop() is also found by code that was started without a context, such as by another thread.
     for portal in (current_portal.get(), getattr(loop, "portal", None)):
         if portal is not None and portal.loop is loop and not portal.closed:
             return portal
-    while (run := _runs.get(loop)) is not None:
-        if not run.portal.closed:
-            return run.portal
+    while (run := _runs.get(loop)) is not None and run.portal.closed:
         await run.wait_ended()
-    if _foreign_run():
-        return Portal(loop, None)  # it needs nobody to close it
-    return _Held(loop).portal
+    if run is None:
+        if _foreign_run(loop):
+            return Portal(loop, None)  # it needs nobody to close it
+        run = _Guest(loop)
+    if hold:
+        run.hold()
+    return run.portal
 
 
-def _foreign_run() -> bool:
+def _foreign_run(loop: asyncio.AbstractEventLoop) -> bool:
     """Whether a trio run that is none of ours runs in this thread."""
-    return trio.lowlevel.in_trio_run() and _here.guest is None
+    if not trio.lowlevel.in_trio_run() or _here.guest is not None:
+        return False
+    trio_asyncio = sys.modules.get("trio_asyncio")
+    if trio.lowlevel.in_trio_task() and (trio_asyncio is None or not isinstance(loop, trio_asyncio.BaseTrioEventLoop)):
+        raise LocalProtocolError(
+            "this event loop runs inside of a trio task, which stands still until it ends, and trio with it: use `async with "
+            "trio_dcore.aio.open_loop():` in the trio program, or give asyncio.run() a thread of its own"
+        )
+    return True
 
 
 class open_trio:  # reads as a function, like trio's open_nursery
     """Run trio inside an asyncio program: ``async with open_trio() as portal: await portal.run(trio_function, *args)``.
 
-    trio becomes a guest of the running event loop: trio's tasks and asyncio's take turns in one thread, and everything of
-    :mod:`trio_dcore.aio` that is used in this loop meanwhile runs in it.  Inside of another such block, or where trio runs in this
-    thread already, the block has a nursery of its own in that run.
+    trio runs as a guest of the running event loop: trio's tasks and asyncio's take turns in one thread.  What is used of
+    :mod:`trio_dcore.aio` in the block, and in the tasks that are started there, belongs to the block.  There may be any number of blocks,
+    inside of each other or in tasks of their own: all share one run, and each has a nursery of its own in it.
 
-    Leaving the block cancels what its portal still runs, waits for that to end, and ends the trio run: no thread, task or descriptor
-    of it is left.
+    Leaving the block cancels what its portal still runs, closes what belongs to it, and waits for that to end.  The last one also ends
+    the trio run, unless something else still uses it: no thread, task or descriptor of it is left.
 
     Cancellation: of the end of the block: is raised when it is over.
     """
 
     async def __aenter__(self) -> Portal:
-        loop = asyncio.get_running_loop()
-        while (run := _runs.get(loop)) is not None and run.portal.closed:
-            await run.wait_ended()
-        if run is None and not _foreign_run():
-            self._run: _Run = _Guest(loop)
-        else:
-            self._run = inner = _Inner(loop)
-            await inner.start()
-        return self._run.portal
+        self._block = block = _Block(asyncio.get_running_loop())
+        await block.start()
+        self._before = current_portal.get()
+        current_portal.set(block.portal)
+        return block.portal
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._run.end()
+        current_portal.set(self._before)  # not reset(): a fixture may be torn down in another context
+        await self._block.end()

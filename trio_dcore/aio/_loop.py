@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -84,13 +85,15 @@ class open_loop:
             raise LocalProtocolError("each open_loop() is for one `async with`; call it again")
         self._outer = trio.open_nursery()
         self._nursery = await self._outer.__aenter__()
+        portal: Portal | None = None
         try:
             with trio.CancelScope(shield=True):  # cancelled, start() would wait for the end of the task
-                portal: Portal = await self._nursery.start(self._hold)
+                portal = await self._nursery.start(self._hold)
         except BaseException as error:
             failure = await self._leave(error)
             assert failure is not None
             raise failure from None
+        assert portal is not None
         self._loop_before = self._trio_asyncio.current_loop.get()
         self._portal_before = current_portal.get()
         self._trio_asyncio.current_loop.set(portal.loop)
@@ -298,8 +301,14 @@ def running_loop() -> asyncio.AbstractEventLoop:
     # That of a trio_asyncio.open_loop(), in ours or alone.
     trio_asyncio = sys.modules.get("trio_asyncio")
     loop: asyncio.AbstractEventLoop | None = None if trio_asyncio is None else trio_asyncio.current_loop.get()
-    if loop is None and (portal := current_portal.get()) is not None:
-        loop = portal.loop
+    portal: Portal | None = current_portal.get() if loop is None else getattr(loop, "portal", None)
+    if portal is not None:
+        loop = portal.loop if portal.thread == threading.get_ident() else hosting_loop()
+        if loop is None:
+            raise LocalProtocolError(
+                "the asyncio event loop of this context belongs to another thread, which has started this one: put `async with "
+                "trio_dcore.aio.open_loop():` round this"
+            )
     if loop is None:
         loop = hosting_loop() or _host()
         if loop is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
@@ -28,12 +29,14 @@ class Portal:
     Attributes:
         loop: the event loop.
         nursery: the trio nursery that the calls run in; None: they are system tasks of a trio run that is none of ours.
+        thread: which both run in.  Context variables are inherited by other threads, too.
         crossings: the calls that are in trio at the moment.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, nursery: trio.Nursery | None) -> None:
         self.loop = loop
         self.nursery = nursery
+        self.thread = threading.get_ident()
         self.crossings: set[Crossing] = set()
         #: Called when the last lease has been released, or the last call has ended after that; None where the portal is open as long
         #: as a block lasts.
