@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import trio
 
+import trio_dcore
 from tests.aio.running import Runner
 from trio_dcore import aio
 from trio_dcore.aio import CommClosedError, ConnectError, RemoteError
+from trio_dcore.aio import _comm as module
 
 
 def add(x: int, y: int) -> int:
@@ -219,6 +221,26 @@ def test_a_comm_that_arrives_in_the_moment_of_a_cancellation_is_closed(run: Runn
                 await asyncio.wait([task])
                 if not task.cancelled():
                     await (await task).close()
+
+    run(main)
+
+
+def test_a_comm_that_arrives_when_the_portal_closes_is_closed(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect_late(*args: Any, **kwargs: Any) -> Any:
+        comm = await trio_dcore.connect(*args, **kwargs)
+        portals[0].close_now()
+        return comm
+
+    portals: list[aio.Portal] = []
+
+    async def main() -> None:
+        async with aio.open_trio() as portal:
+            portals.append(portal)
+            server = await aio.Server()
+            address = await server.listen("tcp://127.0.0.1:0")
+            monkeypatch.setattr(module, "native_connect", connect_late)
+            comm = await aio.connect(address)
+            assert comm.closed()
 
     run(main)
 

@@ -164,6 +164,23 @@ def test_what_others_use_goes_on_after_the_block(run: Runner) -> None:
     run(main)
 
 
+def test_a_pool_belongs_to_where_it_was_made(run: Runner) -> None:
+    async def main() -> None:
+        async with aio.Server() as server:
+            address = await server.listen("inproc://")
+            shared = aio.rpc(address)
+            async with open_trio():
+                assert await shared.echo(data=1) == 1
+                own = aio.rpc(address)
+            async with open_trio():
+                assert await shared.echo(data=2) == 2
+            assert await own.echo(data=3) == 3  # that block had no use for it
+            await own.close_rpc()
+            await shared.close_rpc()
+
+    run(main)
+
+
 def test_a_block_in_a_run_that_asyncio_run_ends(run: Runner) -> None:
     """Its task is cancelled as the one that stands for the run, and is waited for."""
     log: list[object] = []
@@ -261,6 +278,8 @@ def test_a_trio_run_that_breaks_down_is_told(run: Runner) -> None:
     async def main() -> None:
         with pytest.raises(trio.TrioInternalError):
             async with open_trio() as portal:
+                server = await aio.Server()
+                comm = await aio.connect(await server.listen("tcp://127.0.0.1:0"))
                 calls = [asyncio.create_task(portal.run(trio.sleep_forever)) for _ in range(2)]
                 await portal.run(start_crash)
                 for call in calls:
@@ -269,6 +288,8 @@ def test_a_trio_run_that_breaks_down_is_told(run: Runner) -> None:
                 with pytest.raises(PortalClosed):
                     await portal.run(double, 1)
         assert not trio_runs()
+        assert comm.closed()
+        await server.finished()
         async with open_trio() as portal:
             assert await portal.run(double, 1) == 2
 
@@ -443,6 +464,20 @@ def test_cancelled_while_waiting_for_the_end(run: Runner) -> None:
         await server.finished()
         task.cancel()
         await asyncio.wait([task])
+        await run_ended()
+
+    run(main)
+
+
+def test_several_tasks_begin_at_once_while_another_run_ends(run: Runner) -> None:
+    async def main() -> None:
+        (await acquire_portal()).lease(lambda: None).release()
+        await asyncio.sleep(0)
+        assert trio_runs()  # it ends
+        remote = aio.rpc("tcp://127.0.0.1:1")
+        first, second = await asyncio.gather(remote._bound.bind(), remote._bound.bind())
+        assert first is second
+        remote.close_comms()
         await run_ended()
 
     run(main)

@@ -248,9 +248,12 @@ def test_an_rpc_that_nobody_closed_is_closed_when_it_is_deleted(run: Runner) -> 
         async with serving() as (_, address):
             remotes = [aio.rpc(address), aio.rpc(address)]
             await remotes[0].add(x=1, y=2)
+            native = remotes[0]._bound.pool
             with pytest.warns(ResourceWarning, match="unclosed rpc or pool with 1 comm"):
                 remotes.clear()
             await asyncio.sleep(0)
+            assert native.closed
+            assert native.open == 0
             pool = aio.ConnectionPool()
             await pool(address).add(x=1, y=2)
             await pool.close()

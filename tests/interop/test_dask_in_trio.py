@@ -160,6 +160,9 @@ async def test_a_worker_in_a_process_of_its_own(making: Making) -> None:
         assert await aio.run_asyncio(results, client, partial(divmod, 7), range(1, 10)) == [divmod(7, n) for n in range(1, 10)]
         process = psutil.Process(nanny.pid)
     assert not process.is_running()
+    for thread in threading.enumerate():
+        if thread.name.startswith("AsyncProcess"):  # it has watched the process, and is about to end
+            thread.join(PATIENCE)
 
 
 async def test_plain_calls_of_the_client(making: Making) -> None:

@@ -15,7 +15,7 @@ from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.client._pool_policy import PoolPolicy
 from trio_dcore.comm import FramedComm, get_transport
 from trio_dcore.comm._pumps import StreamPump
-from trio_dcore.testing import ManualPeer, memory_network, memory_stream_pair
+from trio_dcore.testing import FaultStream, ManualPeer, memory_network, memory_stream_pair
 
 
 class TestServer:
@@ -255,13 +255,46 @@ class TestConnection:
                     await server.finished()
                     assert trio.current_time() - before == pytest.approx(server.settings.limits.linger)
 
-    async def test_a_hasty_caller_comes_while_another_ones_handler_runs(self, autojump_clock: MockClock) -> None:
-        """The looks at both become more frequent at once."""
-        with memory_network():
-            async with Server({"work": trio.sleep}, limits=Limits(ping_interval=None)) as server:
-                address = await server.listen("memory://")
-                hasty = Limits(ping_interval=0.1, ping_timeout=0.2)
-                async with rpc(address) as one, rpc(address, limits=hasty) as other, trio.open_nursery() as nursery:
-                    nursery.start_soon(lambda: one.work(seconds=100))
-                    await trio.sleep(2.01)  # the next look would be at 3
-                    await other.work(seconds=5)
+    async def test_a_hasty_caller_comes_while_another_ones_handler_runs(self) -> None:
+        """The server looks at both more often at once, and not only when it would have looked next."""
+        async with Server({"work": trio.sleep}, limits=Limits(ping_interval=None)) as server:
+            address = await server.listen("tcp://127.0.0.1:0")
+            hasty = Limits(ping_interval=0.1, ping_timeout=0.4)
+            async with rpc(address) as one, rpc(address, limits=hasty) as other, trio.open_nursery() as nursery:
+                nursery.start_soon(lambda: one.work(seconds=100))
+                await wait_all_tasks_blocked(0.2)
+                await other.work(seconds=0.9)
+                nursery.cancel_scope.cancel()
+
+    async def test_a_server_that_asks_often_looks_as_often(self, autojump_clock: MockClock) -> None:
+        """Also where no client wants it to."""
+        ended: list[float] = []
+
+        async def work() -> None:
+            began = trio.current_time()
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.append(trio.current_time() - began)
+
+        with memory_network() as network:
+            holes: list[FaultStream] = []
+
+            def wrap(stream: trio.abc.Stream, side: str) -> trio.abc.Stream:
+                holes.append(FaultStream(stream))
+                return holes[-1]
+
+            network.wrap = wrap
+            async with Server({"work": work}, limits=Limits(ping_interval=0.4, ping_timeout=0.4)) as server:
+                remote = rpc(await server.listen("memory://"), limits=Limits(ping_interval=None))
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(remote.work)
+                    await wait_all_tasks_blocked()
+                    for hole in holes:
+                        hole.black_hole()
+                    await trio.sleep(5)
+                    nursery.cancel_scope.cancel()
+                assert ended == [pytest.approx(0.8)]
+                for hole in holes:
+                    hole.cut()
+                remote.close_comms()

@@ -12,9 +12,9 @@ from .. import client
 from ..comm import AddressLike, coerce_to_address
 from ..errors import RPCClosed
 from ._carry import run_in_trio
-from ._guest import acquire_portal
+from ._guest import portal_of
 from ._options import CommOptions
-from ._portal import Lease, Portal
+from ._portal import Lease, Portal, current_portal
 from ._stream import RemoteStream
 
 __all__ = ["Bound", "ConnectionPool", "PooledRPC", "RemoteOp", "rpc"]
@@ -23,10 +23,11 @@ __all__ = ["Bound", "ConnectionPool", "PooledRPC", "RemoteOp", "rpc"]
 class Bound:
     """A native pool, and the portal that its calls go through, once there was one."""
 
-    __slots__ = ("__weakref__", "lease", "pool", "portal")
+    __slots__ = ("__weakref__", "_block", "lease", "pool", "portal")
 
     def __init__(self, pool: client.ConnectionPool) -> None:
         self.pool = pool
+        self._block = current_portal.get()  # one that tasks share does not end with the block of whoever is the first to use it
         self.portal: Portal | None = None
         self.lease: Lease | None = None
 
@@ -35,7 +36,7 @@ class Bound:
         if self.portal is None:
             if self.pool.closed:
                 raise RPCClosed("this rpc or pool is closed")
-            portal = await acquire_portal()
+            portal = await portal_of(self._block)
             if self.portal is None:  # else another task was faster
                 self.lease = portal.lease(self.pool.close_now)
                 self.portal = portal

@@ -45,7 +45,7 @@ _TO_CLOSE = 1.0
 _TO_START = 1.0
 # A shorter timeout than that, in seconds, Dask reports as a failure even where there is nothing to wait for.
 _LEAST = 0.1
-# What a node waits for, in seconds, before it closes: other nodes, and connections that are being made.  Each takes some milliseconds.
+# How long, in seconds, a node waits before it closes: for other nodes, and connections that are being made.  Each takes milliseconds.
 _TURN = 0.5
 # How often, in seconds, to look whether something of Dask's has changed.
 _LOOK = 0.005
@@ -123,6 +123,7 @@ class _Node(Generic[T]):
         self._node: Any = None
         self._worker: Worker | None = None
         self._joins: list[Callable[..., object]] = []
+        self._making: set[asyncio.Future[Comm]] = set()  # connections
 
     # -- starting, in asyncio ------------------------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class _Node(Generic[T]):
             self._options.setdefault("asynchronous", True)  # they would start a loop of their own in a thread, and block this one
         self._node = self._make(*self._args, **self._options)
         if hasattr(self._node, "rpc"):
-            _connects_whole(self._node.rpc)
+            _connects_whole(self._node.rpc, self._making)
         if isinstance(self._node, Worker):
             self._worker = self._node
             self._joins_later(self._node)
@@ -193,7 +194,8 @@ class _Node(Generic[T]):
             await trio.sleep(_LOOK)
         for callback in getattr(self._node, "periodic_callbacks", {}).values():
             callback.stop()  # a heartbeat makes one
-        while getattr(getattr(self._node, "rpc", None), "_connecting", None):  # noqa: ASYNC110  # Dask tells nobody
+        # A worker's heartbeat may also wait for its answer, and would complain.
+        while self._making or (self._worker is not None and self._worker.rpc.active):  # noqa: ASYNC110  # Dask tells nobody
             await trio.sleep(_LOOK)
 
     def _rank(self) -> int:
@@ -226,14 +228,16 @@ async def _awaited(node: Awaitable[object]) -> object:
     return await node
 
 
-def _connects_whole(pool: ConnectionPool) -> None:
-    """Have a stock pool complete the connections that it makes, also where who asks for one is cancelled."""
+def _connects_whole(pool: ConnectionPool, all_making: set[asyncio.Future[Comm]]) -> None:
+    """Have a stock pool complete the connections that it makes, also where who asks for one is cancelled, and show them."""
     connect = pool.connect
 
     async def whole(addr: str, timeout: float | None = None) -> Comm:
         if pool.available.get(addr):
             return await connect(addr, timeout)  # no need to make one
         making = asyncio.ensure_future(connect(addr, timeout))
+        all_making.add(making)
+        making.add_done_callback(all_making.discard)
         try:
             return await asyncio.shield(making)
         except asyncio.CancelledError:

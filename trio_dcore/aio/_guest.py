@@ -28,7 +28,7 @@ from ..errors import LocalProtocolError
 from ._errors import PortalClosed
 from ._portal import Portal, current_portal
 
-__all__ = ["HOLDER_NAME", "acquire_portal", "hosting_loop", "open_trio"]
+__all__ = ["HOLDER_NAME", "acquire_portal", "hosting_loop", "open_trio", "portal_of"]
 
 #: The asyncio task that ends a trio run that is not only used in ``open_trio()`` blocks.
 HOLDER_NAME = "trio_dcore guest"
@@ -270,9 +270,14 @@ async def acquire_portal(*, hold: bool = True) -> Portal:
     Args:
         hold: what is used through it may be left open.
     """
+    return await portal_of(current_portal.get(), hold=hold)
+
+
+async def portal_of(block: Portal | None, *, hold: bool = True) -> Portal:
+    """Likewise, with the block given: that in which something was made that is used now."""
     loop = asyncio.get_running_loop()
     # That of an open_loop() is also found by code that was started without a context, such as by another thread.
-    for portal in (current_portal.get(), getattr(loop, "portal", None)):
+    for portal in (block, getattr(loop, "portal", None)):
         if portal is not None and portal.loop is loop and not portal.closed:
             return portal
     while (run := _runs.get(loop)) is not None and run.portal.closed:

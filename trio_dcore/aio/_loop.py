@@ -303,7 +303,9 @@ def running_loop() -> asyncio.AbstractEventLoop:
     loop: asyncio.AbstractEventLoop | None = None if trio_asyncio is None else trio_asyncio.current_loop.get()
     portal: Portal | None = current_portal.get() if loop is None else getattr(loop, "portal", None)
     if portal is not None:
-        loop = portal.loop if portal.thread == threading.get_ident() else hosting_loop()
+        loop = portal.loop
+        if portal.thread != threading.get_ident() and trio.lowlevel.in_trio_run():  # else an in_thread() handler's
+            loop = hosting_loop()
         if loop is None:
             raise LocalProtocolError(
                 "the asyncio event loop of this context belongs to another thread, which has started this one: put `async with "
