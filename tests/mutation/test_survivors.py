@@ -298,3 +298,14 @@ class TestConnection:
                 for hole in holes:
                     hole.cut()
                 remote.close_comms()
+
+    @pytest.mark.parametrize("asks", ["client", "server"])
+    async def test_an_answer_in_the_very_moment_in_which_patience_ends(self, asks: str, autojump_clock: MockClock) -> None:
+        """It is seen in time, in whatever order the tasks run that are woken then."""
+        off, exact = Limits(ping_interval=None), Limits(ping_interval=0.5, ping_timeout=0.5)
+        limits = {"client": off, "server": off, asks: exact}
+        with memory_network() as network:
+            network.wrap = lambda stream, side: FaultStream(stream, latency=0.25, on="receive")  # so an answer takes as long
+            async with Server({"work": trio.sleep}, limits=limits["server"]) as server:
+                async with rpc(await server.listen("memory://"), limits=limits["client"]) as remote:
+                    await remote.work(seconds=30)
