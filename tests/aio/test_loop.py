@@ -714,6 +714,17 @@ async def test_calls_from_trio_tasks_that_outlive_the_block(autojump_clock: trio
 # -- exits -------------------------------------------------------------------------------------------------------------------------
 
 
+async def test_a_loop_that_is_stopped_ends_the_block() -> None:
+    """As asyncio.run() fails by it: whoever waits would wait for ever."""
+    journal = Journal()
+    async with no_leaks():
+        with pytest.raises(RuntimeError, match="loop.stop"):
+            async with open_loop() as loop:
+                loop.call_soon(loop.stop)
+                await run_asyncio(partial(journal.sleep, cleanup=0.01))
+    assert journal == ["cancelled", "finally"]
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
 def test_exits_in_stray_tasks_end_the_block(error: BaseException) -> None:
     journal = Journal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import struct
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_dcore import Limits
+from trio_dcore import Limits, Server, connect
 from trio_dcore.comm import SocketPump, StreamPump, _pace
 from trio_dcore.comm._pace import acquire_within, writable_within
 from trio_dcore.errors import CommClosedError, LimitExceeded
@@ -624,3 +625,105 @@ class TestComms:
             await wait_all_tasks_blocked()
             assert server.rest_since == math.inf
             nursery.cancel_scope.cancel()
+
+
+class Told:
+    """A socket whose system says this of its connection."""
+
+    def __init__(self, *, retransmits: int = 0, probes: int = 0, unacked: int = 0, last_ack: int = 0) -> None:
+        self.info = struct.pack(
+            "=8B13I", 1, 0, retransmits, probes, 0, 0, 0, 0, 0, 0, 0, 0, unacked, 0, 0, 0, 0, 0, 0, 0, last_ack
+        )
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        assert (level, option, size) == (socket.IPPROTO_TCP, socket.TCP_INFO, len(self.info))
+        return self.info
+
+
+@pytest.mark.skipif(not _pace.HAS_TCP_INFO, reason="Linux has it")
+class TestSignsOfLife:
+    @pytest.mark.parametrize(
+        ("told", "gone"),
+        [
+            ({"probes": 2, "last_ack": 30_000}, True),
+            ({"retransmits": 2, "unacked": 1, "last_ack": 30_000}, True),
+            ({"probes": 2, "last_ack": 29_999}, False),  # not for long enough
+            ({"probes": 1, "last_ack": 10**6}, False),  # one may be lost
+            ({"retransmits": 2, "unacked": 0, "last_ack": 10**6}, False),  # they have been answered
+            ({"retransmits": 1, "unacked": 9, "last_ack": 10**6}, False),
+            ({"last_ack": 10**6}, False),  # a closed window, whose probes come rarely and are answered
+        ],
+    )
+    def test_what_the_system_tells(self, told: dict[str, int], gone: bool) -> None:
+        assert _pace.gone(Told(**told), 30.0) is gone  # type: ignore[arg-type]
+
+    def test_what_is_no_tcp_socket(self) -> None:
+        for end in (ends := socket.socketpair()):
+            assert _pace.gone(end, 0.0) is False
+        for end in ends:
+            end.close()
+        assert _pace.gone(ends[0], 0.0) is False  # closed meanwhile
+
+    async def test_who_does_not_read_is_alive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Real sockets: the window stays closed while the writer looks five times, and then all of it arrives."""
+        writer, reader = tcp_pair()
+        looks: list[bool] = []
+        enough = trio.Event()
+        real = _pace.gone
+
+        def look(sock: socket.socket, silence: float) -> bool:
+            looks.append(real(sock, silence))
+            if len(looks) == 5:
+                enough.set()
+            return looks[-1]
+
+        monkeypatch.setattr(_pace, "gone", look)
+        pump = SocketPump(writer)
+        pump.silence = 0.1
+        data = bytes(16 * MiB)
+        got = 0
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pump.send, [data], 0)
+                await enough.wait()
+                while got < len(data):
+                    await trio.lowlevel.wait_readable(reader)
+                    got += len(reader.recv(2**20))
+        assert not any(looks)
+        writer.close()
+        reader.close()
+
+    async def test_who_has_gone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        writer, reader = tcp_pair()
+        answers = [False, True]
+        monkeypatch.setattr(_pace, "gone", lambda sock, silence: answers.pop(0))
+        pump = SocketPump(writer)
+        pump.silence = 0.02
+        with trio.fail_after(30):
+            with pytest.raises(TimeoutError, match=r"acknowledged nothing for 0\.02 s.*tcp_user_timeout"):
+                await pump.send([bytes(64 * MiB)], 0)
+        assert not answers
+        assert pump.partial
+        writer.close()
+        reader.close()
+
+    async def test_who_looks(self) -> None:
+        """Both ends of a connection between trio_dcore peers, and neither where it was turned off."""
+        for limits, silence in ((Limits(), 30.0), (Limits(tcp_user_timeout=None), None)):
+            async with Server({}, limits=limits) as server:
+                comm: Any = await connect(await server.listen("tcp://127.0.0.1:0"), limits=limits)
+                assert comm._pump.silence == silence
+                await comm.write({"op": "echo", "data": 1})
+                assert await comm.read() == 1
+                (other,) = (connection.comm for connection in server._connections)
+                assert other._pump.silence == silence  # type: ignore[attr-defined]
+                await comm.aclose()
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    for end in (one, other):
+        end.setblocking(False)
+    return one, other

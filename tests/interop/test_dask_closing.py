@@ -157,13 +157,13 @@ async def test_cancelled_while_a_connection_is_made(making: Making) -> None:
 
 @pytest.mark.parametrize("protocol", ["tls"])
 async def test_closed_during_a_slow_tls_handshake(making: Making, watch: Any) -> None:
-    """With a peer that is far away: it is waited for, since stock Dask leaves the socket open where it gives up then."""
+    """With a peer that is far away: it is waited for, since stock Dask may leave the socket open where it gives up then."""
     async with making.scheduler() as scheduler, trio.open_nursery() as nursery:
         accepted = trio.Event()
 
         async def relay(stream: trio.SocketStream) -> None:
             accepted.set()
-            await trio.sleep(0.1)
+            await trio.sleep(0.25)  # longer than the client needs to close
             async with (
                 stream,
                 await trio.open_tcp_stream("127.0.0.1", scheduler.port) as further,
@@ -183,7 +183,7 @@ async def test_closed_during_a_slow_tls_handshake(making: Making, watch: Any) ->
                 await trio.sleep(0.005)
         assert leftovers.found() == []
         assert call.done()
-        assert call.cancelled() or call.exception() is None or isinstance(call.exception(), OSError)
+        assert "ConnectionPool closing" not in str(call.exception())  # so it ends where its connection is given up
         nursery.cancel_scope.cancel()
 
 

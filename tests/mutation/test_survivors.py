@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_dcore import BatchedSend, Comm, CommClosedError, Limits, Server, connect, rpc
+from trio_dcore import BatchedSend, Comm, CommClosedError, ConnectionPool, Limits, Server, connect, rpc
 from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.client._pool_policy import PoolPolicy
 from trio_dcore.comm import FramedComm, get_transport
 from trio_dcore.comm._pumps import StreamPump
-from trio_dcore.testing import FaultStream, ManualPeer, memory_network, memory_stream_pair
+from trio_dcore.testing import FaultStream, ManualPeer, cancel_sweep, memory_network, memory_stream_pair
 
 
 class TestServer:
@@ -309,3 +311,92 @@ class TestConnection:
             async with Server({"work": trio.sleep}, limits=limits["server"]) as server:
                 async with rpc(await server.listen("memory://"), limits=limits["client"]) as remote:
                     await remote.work(seconds=30)
+
+
+class Halting(FaultStream):
+    """Takes what needs no wait at any time; of what may wait the first bytes, and the rest when it may go on."""
+
+    go_on = trio.Event()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await super().send_all(data[:10])
+        await self.go_on.wait()
+        await super().send_all(data[10:])
+
+
+async def test_nothing_is_written_into_a_message_when_one_was_made_in_a_thread_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    async def here(work: Callable[[], Any], what: str) -> Any:
+        await trio.lowlevel.checkpoint()
+        made.append(what)
+        return work()
+
+    monkeypatch.setattr("trio_dcore.comm._writing.in_worker", here)
+    sizes: list[int] = []
+
+    async def serve() -> None:
+        async with ManualPeer(await listener.accept()) as peer:
+            await peer.handshake()
+            for _ in range(3):
+                sizes.append(len(await peer.receive()))
+
+    with memory_network() as network:
+        network.wrap = lambda stream, side: Halting(stream)
+        async with await network.listen_streams() as listener, trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            Halting.go_on = trio.Event()
+            Halting.go_on.set()
+            async with await connect(listener.address, offload=50_000) as comm:
+                await comm.write(numpy.arange(20_000)[::2])  # whose elements must be brought together
+                assert len(made) == 1
+                Halting.go_on = trio.Event()
+                nursery.start_soon(comm.write, numpy.arange(5_000))
+                await wait_all_tasks_blocked()
+                assert comm.write_soon("small")  # type: ignore[attr-defined]
+                Halting.go_on.set()
+                with trio.fail_after(5):
+                    while len(sizes) < 3:
+                        await trio.lowlevel.checkpoint()
+    assert sizes == [10_000, 5_000, 5]
+
+
+async def test_an_item_whose_sending_was_cancelled_was_not_sent() -> None:
+    """At every step, while both sides send first, and so read while they write: or else the comm is closed."""
+    big = bytes(150_000)  # more than fits
+
+    async def both(comm: Comm) -> None:
+        await comm.write(big)
+        await comm.write([len(item) async for item in comm])
+
+    outcomes = set()
+    with memory_network():
+        async with Server({"both": both}) as server, ConnectionPool() as pool:
+            address = await server.listen("memory://")
+            stream = await pool(address).both.stream().__aenter__()
+            sent = False
+
+            async def scenario() -> None:
+                nonlocal sent
+                sent = False
+                await stream.send(big)
+                sent = True
+
+            async def check() -> None:
+                nonlocal stream
+                try:
+                    await stream.send(b"marker")
+                    await stream.send_eof()
+                    first, found = [item async for item in stream]
+                    assert first == big
+                    assert found == ((len(big), 6) if sent else (6,))
+                    outcomes.add("sent" if sent else "not sent")
+                except CommClosedError:
+                    assert not sent
+                    outcomes.add("closed")
+                await stream.aclose()
+                stream = await pool(address).both.stream().__aenter__()
+
+            assert await cancel_sweep(scenario, check=check) > 5
+            await stream.aclose()
+    assert outcomes == {"sent", "not sent", "closed"}

@@ -136,12 +136,15 @@ class open_loop:
                 try:
                     await self._serve(loop, strays, task_status)
                 finally:
-                    with trio.CancelScope(shield=True):
-                        await strays.end(carried=True)
-                        await strays.end_generators()
-                        await loop.end_threads()
-                        if loop.get_debug():
-                            await _end_debugging(loop)
+                    try:
+                        with trio.CancelScope(shield=True):
+                            await strays.end(carried=True)
+                            await strays.end_generators()
+                            await loop.end_threads()
+                            if loop.get_debug():
+                                await _end_debugging(loop)
+                    finally:
+                        loop.may_stop = True
         if self._exit is not None:
             exit, self._exit = self._exit, None
             raise exit
@@ -181,6 +184,7 @@ class _Loop(Executors):
 
     portal: Portal
     redeliver: float
+    may_stop = False
     _on_exit: Callable[[BaseException], None]
 
     def adopted(self, on_exit: Callable[[BaseException], None], redeliver: float) -> None:
@@ -192,6 +196,13 @@ class _Loop(Executors):
     def default_exception_handler(self, context: dict[str, Any]) -> None:
         """Log it, as asyncio does.  trio-asyncio's crashes the loop: for an error that a library didn't look at, or a warning."""
         asyncio.BaseEventLoop.default_exception_handler(self, context)  # type: ignore[arg-type]  # it is one
+
+    def stop(self, waiter: trio.Event | None = None) -> trio.Event | None:
+        """Called by asyncio code, it ends the block, as it ends asyncio.run(); the loop goes on until all has ended in there."""
+        if self.may_stop:
+            return super().stop(waiter)  # type: ignore[misc,no-any-return]  # of the loop's class
+        self._on_exit(RuntimeError("loop.stop() was called in an open_loop() block"))
+        return waiter
 
     @enable_ki_protection
     async def _main_loop_one(self, no_wait: bool = False) -> None:

@@ -155,8 +155,11 @@ class FramedComm(WritingComm):
                 # Whoever writes or reads first comes by here, and nobody after that.
                 self._encoder = JudgingEncoder(self)
                 self._reading = True
-        if extension is None and limits.tcp_user_timeout is not None:
-            # It would kill a live peer that merely isn't reading, so between trio_dcore peers a ping finds the dead ones.
+        if extension is not None:
+            self._pump.silence = limits.tcp_user_timeout
+        elif limits.tcp_user_timeout is not None:
+            # It kills a live peer that merely isn't reading, as Dask does it.  Between trio_dcore peers that is none of its business:
+            # a ping finds the dead ones where a call waits, and a write that waits looks for a sign of life by itself.
             self._pump.set_user_timeout(limits.tcp_user_timeout)
 
     def judge(self) -> Encoder:

@@ -7,6 +7,7 @@ something to wait for.
 
 from __future__ import annotations
 
+import errno
 import math
 import socket
 import struct
@@ -24,7 +25,14 @@ if sys.platform != "win32":
     import fcntl
     import termios
 
-__all__ = ["acquire_within", "pull_rest", "stalled", "untaken", "writable_within"]
+__all__ = ["acquire_within", "gone", "pull_rest", "stalled", "untaken", "writable_while_alive", "writable_within"]
+
+# The beginning of Linux's struct tcp_info (tcp(7)), and what is looked at: unanswered retransmissions and probes, segments that are on
+# their way, and milliseconds since the peer's system acknowledged anything.
+_TCP_INFO = struct.Struct("=8B13I")
+_RETRANSMITS, _PROBES, _UNACKED, _LAST_ACK = 2, 3, 12, 20
+HAS_TCP_INFO = sys.platform == "linux" and hasattr(socket, "TCP_INFO")
+_UNANSWERED = 2
 
 # A socket is writable only when a third of its buffer is free, which may be megabytes: a peer that reads slowly, but reads, is told
 # from one that doesn't by looking so many times whether the rest has become less.
@@ -114,6 +122,45 @@ class _Mark:
     def seen(self, now: float, received: int) -> float:
         """The rate since the mark, where that is some time ago."""
         return (received - self._received) / (now - self._time)
+
+
+async def writable_while_alive(sock: socket.socket, silence: float | None) -> None:
+    """Wait until a socket is writable, or its peer has gone without a word.
+
+    A peer that does not read is alive: its system acknowledges every probe of a closed window.  ``TCP_USER_TIMEOUT`` ends such a
+    connection all the same; this does not.
+
+    Args:
+        sock: the socket.
+        silence: seconds without a sign of life from the peer's system; None is for ever.  It is looked for twice in that time.
+
+    Raises:
+        TimeoutError: there was none.
+    """
+    if silence is None or not HAS_TCP_INFO:
+        await wait_writable(sock)
+        return
+    while True:
+        with trio.CancelScope(deadline=trio.current_time() + silence / 2) as scope:
+            await wait_writable(sock)
+        if not scope.cancelled_caught:
+            return
+        if gone(sock, silence):
+            raise TimeoutError(
+                errno.ETIMEDOUT,
+                f"the peer's system has acknowledged nothing for {silence} s; change it with Limits(tcp_user_timeout=...)",
+            )
+
+
+def gone(sock: socket.socket, silence: float) -> bool:
+    """Whether a peer's system has left several segments or probes unanswered, and not been heard for so many seconds; Linux."""
+    try:
+        info = _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    except (OSError, struct.error):  # it is no TCP socket
+        return False
+    # While its window is closed it is probed ever more rarely, so a long silence alone says nothing.
+    unanswered = info[_PROBES] >= _UNANSWERED or (info[_UNACKED] > 0 and info[_RETRANSMITS] >= _UNANSWERED)
+    return unanswered and bool(info[_LAST_ACK] >= silence * 1000)
 
 
 async def writable_within(sock: socket.socket, seconds: float) -> None:

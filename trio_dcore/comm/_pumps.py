@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import trio
-from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
+from trio.lowlevel import cancel_shielded_checkpoint, wait_readable
 
 from ..protocol._context import Buffer
 from ..protocol._frames import FrameParser
 from ..protocol._limits import KiB, MiB
-from ._pace import pull_rest, untaken, writable_within
+from ._pace import pull_rest, untaken, writable_while_alive, writable_within
 
 _log = logging.getLogger("trio_dcore.comm")
 
@@ -62,16 +62,19 @@ class Pump(ABC):
         progress: ``Limits.progress_timeout`` and ``progress_rate``, which :meth:`pull` sees to inside a message.  Without the first
             there is no second.
         rest_since: since when :meth:`pull` waits for the rest of a message of which a part has come; ``math.inf`` if it doesn't.
+        silence: seconds that :meth:`send` goes on without a sign of life from the peer's system, where it has no other limit; None is
+            for ever.
         taken: bytes that :meth:`send` got out since the start; for those who wait behind it.
     """
 
-    __slots__ = ("partial", "progress", "rest_since", "taken", "unwaited")
+    __slots__ = ("partial", "progress", "rest_since", "silence", "taken", "unwaited")
 
     def __init__(self) -> None:
         self.unwaited = 0
         self.partial = False
         self.progress: tuple[float | None, float | None] = None, None
         self.rest_since = math.inf
+        self.silence: float | None = None
         self.taken = 0
 
     async def pull(self, parser: FrameParser) -> list[Buffer] | None:
@@ -276,7 +279,7 @@ class SocketPump(Pump):
             except BlockingIOError:
                 since_wait = self.unwaited = 0
                 if stall is None:
-                    await wait_writable(self.socket)
+                    await writable_while_alive(self.socket, self.silence)
                 else:
                     await writable_within(self.socket, stall)
                 continue

@@ -23,13 +23,13 @@ import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from trio.lowlevel import cancel_shielded_checkpoint, checkpoint, wait_readable, wait_writable
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint, wait_readable
 
 from ..errors import CommClosedError, RemoteProtocolError
 from ..protocol._context import Buffer
 from ..protocol._frames import FrameParser, looks_like
 from ..protocol._limits import KiB
-from ._pace import writable_within
+from ._pace import writable_while_alive, writable_within
 from ._pumps import YIELD_BYTES, Pump, SocketPump
 from ._tls_hints import explain, plain_text
 
@@ -423,7 +423,7 @@ class TLSPump(SocketPump):
     async def _wait_writable(self, stall: float | None) -> None:
         self.unwaited = 0
         if stall is None:
-            await wait_writable(self.socket)
+            await writable_while_alive(self.socket, self.silence)
         else:
             await writable_within(self.socket, stall)
 

@@ -60,7 +60,9 @@ class Limits:
         ping_timeout: seconds without an answer after which the peer is taken for dead.  So is a process whose event loop a handler
             blocks for that long: mark such a handler with :func:`~trio_dcore.in_thread`.  None for either: no pings from here.
         pool_wait: seconds that a call waits for a free slot of a full pool.
-        tcp_user_timeout: seconds; the socket option, set towards stock Dask peers only.
+        tcp_user_timeout: seconds for which the peer's system may leave unacknowledged what was sent.  Towards stock Dask peers it is the
+            socket option, which ends connections to peers that merely don't read as well; between trio_dcore peers a write that waits
+            looks for a sign of life instead (Linux).
         window: items of a stream that may be on their way or unread.
         window_bytes: bytes of a stream that may be on their way or unread.
         requests: handlers alive at once in a server, those still cleaning up included.
