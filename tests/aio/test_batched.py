@@ -121,10 +121,14 @@ def test_cancelled_inside_the_block(run: Runner) -> None:
             task = asyncio.create_task(sending())
             await begun.wait()
             streams[0].send(1)
+            while streams[0].batch_count == 0:  # noqa: ASYNC110  # it has no event
+                await asyncio.sleep(0)
+            streams[0].send(2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert streams[0].closed()
+            assert streams[0].unsent == [2]  # it ended at once
             assert not comm.closed()
 
     run(main)

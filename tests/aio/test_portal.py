@@ -329,6 +329,26 @@ def test_blocks_in_a_run_that_breaks_down_end(run: Runner) -> None:
     run(main)
 
 
+def test_what_was_made_outside_of_blocks_is_closed_when_the_run_breaks_down(run: Runner) -> None:
+    async def crash() -> None:
+        raise KeyError("system task")
+
+    async def start_crash() -> None:
+        trio.lowlevel.spawn_system_task(crash)
+
+    async def main() -> None:
+        server = await aio.Server()
+        comm = await aio.connect(await server.listen("tcp://127.0.0.1:0"))
+        (holder,) = [task for task in asyncio.all_tasks() if task.get_name() == HOLDER_NAME]
+        await comm.portal.run(start_crash)
+        with pytest.raises(trio.TrioInternalError):
+            await holder
+        assert comm.closed()
+        await server.finished()
+
+    run(main)
+
+
 # -- without a block -------------------------------------------------------------------------------------------------------------------
 
 

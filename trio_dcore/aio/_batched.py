@@ -81,10 +81,11 @@ class BatchedSend:
         """Send what waits, and end."""
         crossing = self._crossing
         assert crossing is not None
-        self._failing = error is not None
-        self._leave.set()
         if error is not None and not isinstance(error, Exception):
             crossing.scope.cancel(reason="the block of the BatchedSend was cancelled, or the program ends")
+        self._failing = error is not None
+        if not crossing.scope.cancel_called:
+            self._leave.set()
         await crossing.join(failures=error is None)
 
     def send(self, *msgs: Any) -> None:

@@ -230,14 +230,14 @@ class Crossing:
     __slots__ = ("_timer", "args", "cancelled", "done", "error", "fn", "portal", "scope", "task", "value", "waiter")
 
     def __init__(self, portal: Portal, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
-        self.portal = portal
+        self.portal: Portal = portal
         self.fn = fn
-        self.args = args
-        self.scope = trio.CancelScope()
-        self.waiter = portal.loop.create_future()
+        self.args: tuple[Any, ...] = args
+        self.scope: trio.CancelScope = trio.CancelScope()
+        self.waiter: asyncio.Future[Any] = portal.loop.create_future()
         self.task: trio.lowlevel.Task | None = None
-        self.done = False
-        self.cancelled = False  # the scope has caught its cancellation
+        self.done: bool = False
+        self.cancelled: bool = False  # the scope has caught its cancellation
         self.value: Any = None
         self.error: BaseException | None = None
 

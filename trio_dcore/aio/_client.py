@@ -26,7 +26,7 @@ class Bound:
     __slots__ = ("__weakref__", "_block", "lease", "pool", "portal")
 
     def __init__(self, pool: client.ConnectionPool) -> None:
-        self.pool = pool
+        self.pool: client.ConnectionPool = pool
         self._block = current_portal.get()  # one that tasks share does not end with the block of whoever is the first to use it
         self.portal: Portal | None = None
         self.lease: Lease | None = None

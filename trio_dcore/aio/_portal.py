@@ -36,7 +36,7 @@ class Portal:
     def __init__(self, loop: asyncio.AbstractEventLoop, nursery: trio.Nursery | None) -> None:
         self.loop = loop
         self.nursery = nursery
-        self.thread = threading.get_ident()
+        self.thread: int = threading.get_ident()
         self.crossings: set[Crossing] = set()
         #: Called when the last lease has been released, or the last call has ended after that; None where the portal is open as long
         #: as a block lasts.

@@ -67,11 +67,11 @@ class ConnectionPool:
         if limit < 1:
             raise ValueError(f"limit={limit!r}: a pool needs room for at least 1 comm")
         self.timeout = timeout
-        self.settings = CommSettings.of(
+        self.settings: CommSettings = CommSettings.of(
             security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload, pooled=True
         )
         #: Families for the payloads of a call that names none: (its request, its answer); None for the comm's own.
-        self.families = None, self.settings.deserializers or self.settings.serializers
+        self.families: tuple[None, tuple[str, ...] | None] = None, self.settings.deserializers or self.settings.serializers
         self._policy = PoolPolicy(limit)
         self._pinger = Pinger(self._policy, self.settings.limits)
         self._idle_limit = self.settings.limits.idle

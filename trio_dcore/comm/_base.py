@@ -32,10 +32,10 @@ class Unsent:
     __slots__ = ("begun", "buffers", "sent", "size")
 
     def __init__(self, buffers: list[Buffer], size: int, sent: int) -> None:
-        self.buffers = buffers
-        self.size = size
-        self.sent = sent
-        self.begun = sent > 0
+        self.buffers: list[Buffer] = buffers
+        self.size: int = size
+        self.sent: int = sent
+        self.begun: bool = sent > 0
 
 
 class Unmade(Unsent):
@@ -94,15 +94,17 @@ class BaseComm(Comm):
     def __init__(self, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
         self._local_address = local_address
         self._peer = peer
-        self.settings = settings
+        self.settings: CommSettings = settings
         self.extension = None
-        self.last_id = 0
-        self.pings = False
-        self.serving = False
-        self.asking = False
-        self.fault = ""
+        self.last_id: int = 0
+        self.pings: bool = False
+        self.serving: bool = False
+        self.asking: bool = False
+        self.fault: str = ""
         self.after_read: Callable[[], None] | None = None
-        self.bytes_written = self.messages_read = self.messages_written = 0
+        self.bytes_written: int = 0
+        self.messages_read: int = 0
+        self.messages_written: int = 0
 
     @property
     def local_address(self) -> str:

@@ -70,12 +70,12 @@ class Pump(ABC):
     __slots__ = ("partial", "progress", "rest_since", "silence", "taken", "unwaited")
 
     def __init__(self) -> None:
-        self.unwaited = 0
-        self.partial = False
+        self.unwaited: int = 0
+        self.partial: bool = False
         self.progress: tuple[float | None, float | None] = None, None
-        self.rest_since = math.inf
+        self.rest_since: float = math.inf
         self.silence: float | None = None
-        self.taken = 0
+        self.taken: int = 0
 
     async def pull(self, parser: FrameParser) -> list[Buffer] | None:
         """Wait for a whole message and return its frames; None at the end of the stream.
@@ -193,7 +193,7 @@ class SocketPump(Pump):
     def __init__(self, sock: socket.socket) -> None:
         super().__init__()
         sock.setblocking(False)
-        self.socket = sock
+        self.socket: socket.socket = sock
         self._recv = sock.recv
         self._send = sock.send
         self._size = _SMALL_READ
@@ -283,7 +283,7 @@ class SocketPump(Pump):
                 else:
                     await writable_within(self.socket, stall)
                 continue
-            self.partial = True
+            self.partial: bool = True
             self.taken += sent
             since_wait += sent
             while first < len(views) and sent >= len(views[first]):
@@ -368,7 +368,7 @@ class StreamPump(Pump):
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         super().__init__()
-        self.stream = stream
+        self.stream: trio.abc.Stream = stream
         # trio's interface has no such things; streams of the testing kit do.
         self._send_nowait: Callable[[bytes], int] | None = getattr(stream, "send_nowait", None)
         self._receive_nowait: Callable[[], bytes | None] | None = getattr(stream, "receive_nowait", None)
@@ -401,7 +401,7 @@ class StreamPump(Pump):
             raise ConnectionError(str(error)) from error
 
     async def send(self, buffers: Sequence[Buffer], skip: int, stall: float | None = None) -> None:
-        self.unwaited = 0
+        self.unwaited: int = 0
         self.partial = True  # a trio stream doesn't say how much of an interrupted send_all has gone
         for buffer in buffers:
             view = memoryview(buffer)

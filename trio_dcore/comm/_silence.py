@@ -29,7 +29,7 @@ class Silence:
 
     def __init__(self, comm: BaseComm, id: int, now: float) -> None:
         self._comm = comm
-        self.id = id
+        self.id: int = id
         self.restart(now)
 
     def restart(self, now: float) -> None:

@@ -132,7 +132,7 @@ class Substream:
     ) -> None:
         self._comm = comm
         self._deserializers = deserializers
-        self.id = id
+        self.id: int = id
         self._owner = owner
         self._detached = ""  # why nothing goes in or out any more
         self._strays: set[trio.CancelScope] = set()  # round what tasks other than the owner read
@@ -160,7 +160,7 @@ class Substream:
         self._receiving = False  # a receive waits
         self._reading = False  # a receive or a send reads the comm
         self._turn = ParkingLot()  # those who wait for what the reader finds
-        self.sending = False
+        self.sending: bool = False
         self._senders = ParkingLot()  # those who wait for their turn to send
         self.items_sent = 0
 

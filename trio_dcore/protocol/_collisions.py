@@ -47,7 +47,7 @@ class Keys:
     __slots__ = ("_left", "few")
 
     def __init__(self) -> None:
-        self.few = _FEW
+        self.few: int = _FEW
         self._left = _EXTRA_STEPS
 
     def expect_slow_ones(self) -> None:

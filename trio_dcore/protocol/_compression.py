@@ -76,7 +76,7 @@ class Budget:
 
     def __init__(self, limit: Callable[[], int | None], used: int = 0, most: int | None = None) -> None:
         self._limit = limit
-        self.most = most
+        self.most: int | None = most
         self._asked = False
         self._value: int | None = None
         self.used = used

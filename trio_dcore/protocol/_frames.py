@@ -227,7 +227,7 @@ class FrameParser:
         self._skip = 0  # bytes to drop behind the last frame (extra bytes inside outer)
         self.received = 0  # bytes of the message under way seen so far; for progress rules
         self.total = 0  # bytes taken in since the start
-        self.last_size = 0  # bytes of the last whole message
+        self.last_size: int = 0  # bytes of the last whole message
 
     @property
     def mid_message(self) -> bool:

@@ -18,7 +18,7 @@ class _Wrapper:
     __slots__ = ("data",)
 
     def __init__(self, data: Any) -> None:
-        self.data = data
+        self.data: Any = data
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.data!r})"
@@ -41,9 +41,9 @@ class _Parts:
     __slots__ = ("frames", "header", "trusted")
 
     def __init__(self, header: dict[Any, Any], frames: list[Buffer], trusted: bool = True) -> None:
-        self.header = header
-        self.frames = frames
-        self.trusted = trusted
+        self.header: dict[Any, Any] = header
+        self.frames: list[Buffer] = frames
+        self.trusted: bool = trusted
 
     def __repr__(self) -> str:
         kind = self.header.get("serializer", self.header.get("type-serialized"))

@@ -80,13 +80,13 @@ class Connection:
     )
 
     def __init__(self, server: BaseServer, comm: BaseComm) -> None:
-        self.server = server
-        self.comm = comm
+        self.server: BaseServer = server
+        self.comm: BaseComm = comm
         comm.serving = True
-        self.scope = trio.CancelScope()
-        self.handshaking = True
+        self.scope: trio.CancelScope = trio.CancelScope()
+        self.handshaking: bool = True
         self.watched: int | None = None  # the descriptor that the hang-up watcher has for it
-        self.idle_since = math.inf
+        self.idle_since: float = math.inf
         self.request: Request | None = None
         self._awaited = False  # somebody waits for the answer of the handler that runs
         self._watching = False

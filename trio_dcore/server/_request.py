@@ -32,9 +32,9 @@ class Request:
 
     def __init__(self, connection: Connection, op: str, peer: Peer) -> None:
         self._connection = connection
-        self.op = op
-        self.peer = peer
-        self.deadline = math.inf
+        self.op: str = op
+        self.peer: Peer = peer
+        self.deadline: float = math.inf
         self.serializers: tuple[str, ...] | None = None
 
     @property

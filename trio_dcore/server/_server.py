@@ -110,20 +110,20 @@ class BaseServer:
         self.blocked_handlers: set[str] = set(blocked_handlers)
         self.connection_limit = connection_limit
         self.timeout = timeout
-        self.settings = CommSettings.of(
+        self.settings: CommSettings = CommSettings.of(
             security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload
         )
         self.grace = grace
         self.drain_on_cancel = drain_on_cancel
         self.authorize = authorize
-        self.id = f"{name or type(self).__name__}-{uuid.uuid4()}"
-        self.name = name or type(self).__name__
+        self.id: str = f"{name or type(self).__name__}-{uuid.uuid4()}"
+        self.name: str = name or type(self).__name__
         #: Set when the server starts to shut down.
-        self.shutdown_requested = trio.Event()
+        self.shutdown_requested: trio.Event = trio.Event()
         #: Read on every request, so a plain attribute: the server has been asked to stop.
-        self.draining = False
+        self.draining: bool = False
         #: Likewise: ``Limits.requests``.
-        self.most_requests = math.inf if self.settings.limits.requests is None else self.settings.limits.requests
+        self.most_requests: float = math.inf if self.settings.limits.requests is None else self.settings.limits.requests
         self._life = Life.NEW
         self._failed = False
         self._finished = trio.Event()
@@ -150,8 +150,8 @@ class BaseServer:
         self._hangups: HangupWatcher | None = None
         self._pinger = Pinger(self._connections, self.settings.limits)
         self._stream_log = StreamLog(self._statistics)
-        self.overloads = Throttle()
-        self.failed_authorizations = Throttle()
+        self.overloads: Throttle = Throttle()
+        self.failed_authorizations: Throttle = Throttle()
 
     # -- built-in ops ------------------------------------------------------------------------------------------------------------
 

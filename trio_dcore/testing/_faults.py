@@ -104,7 +104,8 @@ class FaultStream(trio.abc.Stream):
         self.slicer = slicer
         self.slow_close = slow_close
         self.sent = self.received = 0
-        self.was_cut = self.cut_between = False
+        self.was_cut: bool = False
+        self.cut_between: bool = False
         self._on_send = on in ("send", "both")
         self._on_receive = on in ("receive", "both")
         self._limit = limit_data

@@ -15,11 +15,11 @@ class _Pipe:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.data = bytearray()
+        self.data: bytearray = bytearray()
         self.ended = False  # the sender has said that nothing more comes
         self.gone = False  # the receiver has closed: whatever is sent is lost
         self.reset = False
-        self.changed = ParkingLot()
+        self.changed: ParkingLot = ParkingLot()
 
     def wake(self) -> None:
         self.changed.unpark_all()
