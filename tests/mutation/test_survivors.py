@@ -17,6 +17,7 @@ from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.client._pool_policy import PoolPolicy
 from trio_dcore.comm import FramedComm, get_transport
 from trio_dcore.comm._pumps import StreamPump
+from trio_dcore.comm._substream import _while_reading
 from trio_dcore.testing import FaultStream, ManualPeer, cancel_sweep, memory_network, memory_stream_pair
 
 
@@ -400,3 +401,21 @@ async def test_an_item_whose_sending_was_cancelled_was_not_sent() -> None:
             assert await cancel_sweep(scenario, check=check) > 5
             await stream.aclose()
     assert outcomes == {"sent", "not sent", "closed"}
+
+
+async def test_a_cancellation_while_the_read_lets_go_does_not_unsay_that_it_is_written() -> None:
+    written = False
+
+    async def write() -> None:
+        await wait_all_tasks_blocked()
+
+    async def read() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            scope.cancel()
+
+    with trio.CancelScope() as scope:
+        await _while_reading(write, read)
+        written = True
+    assert written

@@ -231,7 +231,7 @@ class Crossing:
 
     def __init__(self, portal: Portal, fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...]) -> None:
         self.portal: Portal = portal
-        self.fn = fn
+        self.fn: Callable[..., Awaitable[Any]] = fn
         self.args: tuple[Any, ...] = args
         self.scope: trio.CancelScope = trio.CancelScope()
         self.waiter: asyncio.Future[Any] = portal.loop.create_future()

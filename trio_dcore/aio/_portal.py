@@ -147,7 +147,7 @@ class Lease:
 
     def __init__(self, portal: Portal, close: Callable[[], object]) -> None:
         self._portal = portal
-        self.close = close
+        self.close: Callable[[], object] = close
 
     @property
     def released(self) -> bool:

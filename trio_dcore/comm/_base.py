@@ -87,24 +87,30 @@ class BaseComm(Comm):
         "settings",
     )
 
+    after_read: Callable[[], None] | None
+    asking: bool
+    bytes_written: int
     extension: Extension | None
+    fault: str
+    last_id: int
+    messages_read: int
+    messages_written: int
+    pings: bool
+    serving: bool
+    settings: CommSettings
     #: Whether messages are the sender's own objects, which must not be changed.
     by_reference: ClassVar[bool] = False
 
     def __init__(self, *, local_address: str, peer: Peer, settings: CommSettings) -> None:
         self._local_address = local_address
         self._peer = peer
-        self.settings: CommSettings = settings
+        self.settings = settings
         self.extension = None
-        self.last_id: int = 0
-        self.pings: bool = False
-        self.serving: bool = False
-        self.asking: bool = False
-        self.fault: str = ""
-        self.after_read: Callable[[], None] | None = None
-        self.bytes_written: int = 0
-        self.messages_read: int = 0
-        self.messages_written: int = 0
+        self.last_id = 0
+        self.pings = self.serving = self.asking = False
+        self.fault = ""
+        self.after_read = None
+        self.bytes_written = self.messages_read = self.messages_written = 0
 
     @property
     def local_address(self) -> str:

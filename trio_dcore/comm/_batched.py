@@ -84,7 +84,8 @@ class BatchedSend:
     ) -> None:
         if max_buffered < 1:
             raise ValueError(f"max_buffered={max_buffered!r}: must be at least 1")
-        self.batch_count = self.byte_count = 0
+        self.batch_count: int = 0
+        self.byte_count: int = 0
         self._written = 0
         self._interval = parse_interval(interval)
         self._max_buffered = max_buffered

@@ -127,7 +127,7 @@ class FramedComm(WritingComm):
         extension = negotiated.extension
         features: frozenset[str] = frozenset() if extension is None else extension.features
         self.extension = extension if "calls" in features else None
-        self.pings: bool = self.extension is not None and "pings" in features
+        self.pings = self.extension is not None and "pings" in features
         extensions = "types" in features
         self._encoder = Encoder(
             EncodeContext(
@@ -246,7 +246,7 @@ class FramedComm(WritingComm):
                 pump.unwaited = 0
                 await cancel_shielded_checkpoint()
         except (RemoteProtocolError, LimitExceeded) as error:
-            self.fault: str = self.fault or str(error)
+            self.fault = self.fault or str(error)
             self._doom(f"what came from {self.peer_address} is not acceptable: {error}")
             raise
         except trio.ClosedResourceError:

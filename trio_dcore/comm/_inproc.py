@@ -291,7 +291,7 @@ class InprocComm(BaseComm):
         return deserialize(wrapper.header, wrapper.frames, context, budget=budget, keys=keys)
 
     def give_up(self, error: Exception) -> None:
-        self.fault: str = self.fault or str(error)
+        self.fault = self.fault or str(error)
         self.abort()
 
     def abort(self) -> None:

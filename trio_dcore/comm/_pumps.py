@@ -69,13 +69,19 @@ class Pump(ABC):
 
     __slots__ = ("partial", "progress", "rest_since", "silence", "taken", "unwaited")
 
+    partial: bool
+    progress: tuple[float | None, float | None]
+    rest_since: float
+    silence: float | None
+    taken: int
+    unwaited: int
+
     def __init__(self) -> None:
-        self.unwaited: int = 0
-        self.partial: bool = False
-        self.progress: tuple[float | None, float | None] = None, None
-        self.rest_since: float = math.inf
-        self.silence: float | None = None
-        self.taken: int = 0
+        self.unwaited = self.taken = 0
+        self.partial = False
+        self.progress = None, None
+        self.rest_since = math.inf
+        self.silence = None
 
     async def pull(self, parser: FrameParser) -> list[Buffer] | None:
         """Wait for a whole message and return its frames; None at the end of the stream.
@@ -283,7 +289,7 @@ class SocketPump(Pump):
                 else:
                     await writable_within(self.socket, stall)
                 continue
-            self.partial: bool = True
+            self.partial = True
             self.taken += sent
             since_wait += sent
             while first < len(views) and sent >= len(views[first]):
@@ -401,7 +407,7 @@ class StreamPump(Pump):
             raise ConnectionError(str(error)) from error
 
     async def send(self, buffers: Sequence[Buffer], skip: int, stall: float | None = None) -> None:
-        self.unwaited: int = 0
+        self.unwaited = 0
         self.partial = True  # a trio stream doesn't say how much of an interrupted send_all has gone
         for buffer in buffers:
             view = memoryview(buffer)

@@ -139,8 +139,8 @@ class Substream:
         self._freed = ParkingLot()  # the owner waits there until they have let go
         #: Called, if not None, before anything is sent.
         self.before_sending: Callable[[], None] | None = None
-        self.credit_items = credit.items
-        self.credit_size = credit.size
+        self.credit_items: int = credit.items
+        self.credit_size: int = credit.size
         self._window = window
         self._on_end = on_end
         self._half_close = half_close
@@ -162,7 +162,7 @@ class Substream:
         self._turn = ParkingLot()  # those who wait for what the reader finds
         self.sending: bool = False
         self._senders = ParkingLot()  # those who wait for their turn to send
-        self.items_sent = 0
+        self.items_sent: int = 0
 
     def detach(self, why: str) -> None:
         """The request has ended: nothing more goes in or out, and whoever reads the comm lets go of it.  Not a checkpoint.

@@ -340,7 +340,7 @@ class WritingComm(BaseComm):
         self._pump.abort(reset=reset)
 
     def give_up(self, error: Exception) -> None:
-        self.fault: str = self.fault or str(error)
+        self.fault = self.fault or str(error)
         self._doom(str(error), reset=True)
 
     def cut(self) -> None:

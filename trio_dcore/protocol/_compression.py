@@ -79,7 +79,7 @@ class Budget:
         self.most: int | None = most
         self._asked = False
         self._value: int | None = None
-        self.used = used
+        self.used: int = used
 
     def room(self, replacing: int) -> int | None:
         """Bytes that what now takes ``replacing`` bytes may become; None: any number."""

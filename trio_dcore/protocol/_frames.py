@@ -225,8 +225,8 @@ class FrameParser:
         self._pending: memoryview | None = None  # the frame being filled in place
         self._filled = 0
         self._skip = 0  # bytes to drop behind the last frame (extra bytes inside outer)
-        self.received = 0  # bytes of the message under way seen so far; for progress rules
-        self.total = 0  # bytes taken in since the start
+        self.received: int = 0  # bytes of the message under way seen so far; for progress rules
+        self.total: int = 0  # bytes taken in since the start
         self.last_size: int = 0  # bytes of the last whole message
 
     @property

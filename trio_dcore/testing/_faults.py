@@ -103,7 +103,8 @@ class FaultStream(trio.abc.Stream):
         self.bandwidth = bandwidth
         self.slicer = slicer
         self.slow_close = slow_close
-        self.sent = self.received = 0
+        self.sent: int = 0
+        self.received: int = 0
         self.was_cut: bool = False
         self.cut_between: bool = False
         self._on_send = on in ("send", "both")
