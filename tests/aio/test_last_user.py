@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 import trio
 
 from tests.aio.running import Runner
 from tests.aio.scenarios import until
-from trio_dcore import Comm, Server, aio
+from trio_dcore import aio
 from trio_dcore.aio import CommClosedError, RPCClosed
 
 
-async def forever() -> None:
-    await trio.sleep_forever()
-
-
-async def mirror(comm: Comm) -> None:
-    async for message in comm:
-        await comm.write(message)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a server in a thread of its own, so that nothing but what the test uses needs trio in its event loop."""
-    started = threading.Event()
-    found: list[Any] = []
-
-    async def serve() -> None:
-        async with Server({"forever": forever, "mirror": mirror}, grace=0) as server:
-            found.append(await server.listen("tcp://127.0.0.1:0"))
-            found.append((server, trio.lowlevel.current_trio_token()))
-            started.set()
-            await server.finished()
-
-    thread = threading.Thread(target=trio.run, args=(serve,))
-    thread.start()
-    try:
-        assert started.wait(30)
-        yield found[0]
-    finally:
-        server, token = found[1]
-        token.run_sync_soon(server.stop, 0)
-        thread.join(30)
+    """Of a server in another process, so that nothing but what the test uses needs trio in its event loop."""
+    root = Path(__file__).parent.parent.parent
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", Path(__file__).parent / "programs" / "serve_trio.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    ) as program:
+        try:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            yield program.stdout.readline().strip()
+            program.stdin.close()
+            assert program.wait(30) == 0
+        finally:
+            program.kill()
 
 
 async def ended() -> None:

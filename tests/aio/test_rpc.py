@@ -370,6 +370,27 @@ def test_a_slow_consumer_slows_the_producer(run: Runner) -> None:
     run(main)
 
 
+def test_large_items_are_not_taken_ahead_by_the_dozen(run: Runner) -> None:
+    made: list[int] = []
+
+    async def large() -> AsyncIterator[bytes]:
+        for n in range(12):
+            made.append(n)
+            yield bytes(2**20)
+
+    async def main() -> None:
+        async with aio.Server({"large": large}) as server, aio.rpc(await server.listen("tcp://127.0.0.1:0")) as remote:
+            async with remote.large.stream() as stream:
+                assert len(await stream.receive()) == 2**20
+                await asyncio.sleep(0.1)
+                assert len(made) <= 6
+                assert [len(item) async for item in stream] == [2**20] * 11
+                assert stream.bytes_read > 12 * 2**20
+            assert stream.bytes_read == 0
+
+    run(main)
+
+
 def test_an_error_comes_behind_the_items(run: Runner) -> None:
     async def main() -> None:
         async with serving() as (_, address), aio.rpc(address) as remote:

@@ -12,12 +12,22 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from trio_dcore import BatchedSend, Comm, CommClosedError, ConnectionPool, Limits, Server, connect, rpc
+from trio_dcore import (
+    BatchedSend,
+    Comm,
+    CommClosedError,
+    ConnectionPool,
+    Limits,
+    LocalProtocolError,
+    Server,
+    connect,
+    rpc,
+    send_recv,
+)
 from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.client._pool_policy import PoolPolicy
 from trio_dcore.comm import FramedComm, get_transport
 from trio_dcore.comm._pumps import StreamPump
-from trio_dcore.comm._substream import _while_reading
 from trio_dcore.testing import FaultStream, ManualPeer, cancel_sweep, memory_network, memory_stream_pair
 
 
@@ -403,19 +413,58 @@ async def test_an_item_whose_sending_was_cancelled_was_not_sent() -> None:
     assert outcomes == {"sent", "not sent", "closed"}
 
 
-async def test_a_cancellation_while_the_read_lets_go_does_not_unsay_that_it_is_written() -> None:
-    written = False
+class TestEndings:
+    async def test_a_pool_that_is_closed_while_cancelled_is_closed(self) -> None:
+        async with Server() as server:
+            pool = ConnectionPool()
+            await pool(await server.listen("inproc://")).echo()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await pool.aclose()
+            assert scope.cancelled_caught
+            assert (pool.closed, pool.open) == (True, 0)
 
-    async def write() -> None:
-        await wait_all_tasks_blocked()
+    async def test_a_stream_that_is_closed_while_cancelled_is_closed(self) -> None:
+        async with Server({"hang": trio.sleep_forever}) as server, rpc(await server.listen("inproc://")) as remote:
+            async with remote.hang.stream() as stream:
+                with trio.CancelScope() as scope:
+                    scope.cancel()
+                    await stream.aclose()
+                assert scope.cancelled_caught
+                assert remote.pool.active == 0
 
-    async def read() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            scope.cancel()
+    async def test_nothing_is_sent_behind_the_end_of_a_stream(self) -> None:
+        async def take(comm: Comm) -> None:
+            found = [item async for item in comm]
+            await comm.write(found)
 
-    with trio.CancelScope() as scope:
-        await _while_reading(write, read)
-        written = True
-    assert written
+        async with Server({"take": take}) as server, rpc(await server.listen("tcp://127.0.0.1:0")) as remote:
+            async with remote.take.stream() as stream:
+                await stream.send(1)
+                await stream.send_eof()
+                with pytest.raises(LocalProtocolError, match="send_eof"):
+                    await stream.send(2)
+                assert [item async for item in stream] == [(1,)]
+            assert await remote.echo(data=3) == 3
+            assert server.statistics().accepted == 1
+
+    async def test_a_comm_whose_call_had_no_answer_is_closed_for_both(self) -> None:
+        """The server has ended its direction only, and waits for the end of ours."""
+        seen = trio.Event()
+
+        async def serve() -> None:
+            async with ManualPeer(await listener.accept()) as peer:
+                await peer.handshake()
+                await peer.receive()
+                await peer.stream.send_eof()  # type: ignore[attr-defined]
+                await peer.expect_end()
+                seen.set()
+
+        listener, *_ = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener, trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            async with await connect(f"tcp://127.0.0.1:{listener.socket.getsockname()[1]}") as comm:
+                with pytest.raises(CommClosedError):
+                    await send_recv(comm, op="x")
+                with trio.fail_after(5):
+                    await seen.wait()

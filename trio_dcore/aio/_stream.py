@@ -22,8 +22,10 @@ from ._portal import Portal
 
 __all__ = ["RemoteStream"]
 
-# Items that are taken from trio before the consumer asks; they come on top of Limits.window.
+# Items that are taken from trio before the consumer asks, and how many bytes of messages until there are no more than that; they come on
+# top of Limits.window and Limits.window_bytes.
 _AHEAD = 16
+_AHEAD_BYTES = 2**20
 
 
 class RemoteStream:
@@ -72,14 +74,16 @@ class RemoteStream:
 
     async def _take(self, native: client.RemoteStream) -> None:
         items = self._items
+        before = native.bytes_read  # when there was room
         while True:
             item = await native.receive()
             items.append(item)
             if self._waiter is not None:
                 self._wake()
-            if len(items) >= _AHEAD:
+            if len(items) >= _AHEAD or native.bytes_read - before >= _AHEAD_BYTES:
                 self._room = trio.Event()
                 await self._room.wait()
+                before = native.bytes_read
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -129,6 +133,11 @@ class RemoteStream:
             if cancelled is not None:
                 raise cancelled
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes received over the comm that the stream has now; 0 where it has none."""
+        return self._native.bytes_read
+
     async def receive(self) -> Any:
         """The next item; see :meth:`trio_dcore.client.RemoteStream.receive`.
 
@@ -144,7 +153,7 @@ class RemoteStream:
                 raise LocalProtocolError("open the stream first: `async with remote.op.stream(...) as stream:`")
             await self._wait()
         item = items.popleft()
-        if len(items) == _AHEAD // 2:
+        if not items or len(items) == _AHEAD // 2:
             self._room.set()
         return item
 

@@ -54,6 +54,12 @@ class RemoteStream:
         self._said_goodbye = False  # the server has, once: it did not start the request
         self._reopening: trio.Event | None = None
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes received over the comm that the stream has now; 0 where it has none."""
+        comm = self._comm
+        return 0 if comm is None else comm.bytes_read
+
     async def __aenter__(self) -> Self:
         """Make the request.  Raises as a call does, but for what the handler raises: that comes with the items."""
         if self._comm is not None or self._closed:
