@@ -14,7 +14,7 @@ from ._security import Security
 from .protocol._compression import check_codec
 from .protocol._limits import Limits, MiB
 
-__all__ = ["OFFLOAD", "Comm", "CommSettings", "Listener", "Peer", "PeerKind", "Transport", "family_names"]
+__all__ = ["OFFLOAD", "Comm", "CommSettings", "Listener", "Peer", "PeerKind", "Transport", "check_timeout", "family_names"]
 
 #: Bytes from which on a message is encoded or decoded in a worker thread (``distributed.comm.offload``).
 OFFLOAD = 10 * MiB
@@ -98,7 +98,14 @@ class CommSettings:
         offload: int | None = OFFLOAD,
         pooled: bool = False,
     ) -> CommSettings:
-        """From the arguments of a public call, where None means the default."""
+        """From the arguments of a public call, where None means the default.
+
+        Raises:
+            TypeError, ValueError: one of them is none of its kind; better now than when somebody connects.
+        """
+        for parameter, value, kind in (("security", security, Security), ("limits", limits, Limits)):
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{parameter}={value!r}: must be a {kind.__name__}, or None")
         return cls(
             security=_DEFAULT_SECURITY if security is None else security,
             limits=_default_limits() if limits is None else limits,
@@ -118,6 +125,17 @@ def family_names(parameter: str, names: Sequence[str] | None) -> tuple[str, ...]
     if isinstance(names, str):
         raise TypeError(f"{parameter}={names!r}: give a sequence of family names, such as ({names!r},)")
     return tuple(names)
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """Return what a ``timeout=`` was given, if it is a length of time; None is for ever.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0):
+        raise ValueError(f"timeout={timeout!r}: must be a number of seconds, 0 or more, or None")
+    return timeout
 
 
 def _bytes(parameter: str, number: int | None) -> int | None:

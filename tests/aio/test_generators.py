@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -258,6 +259,36 @@ async def test_closed(autojump_clock: trio.testing.MockClock) -> None:
         assert await anext(items) == 0
         await items.aclose()
         assert journal == ["GeneratorExit", "finally"]
+
+
+@pytest.mark.parametrize("failing", [False, True])
+async def test_closed_inside_of_a_task_group(failing: bool) -> None:
+    """Which wraps the GeneratorExit."""
+    log: list[str] = []
+
+    async def sleep() -> None:
+        try:
+            await asyncio.sleep(1e6)
+        finally:
+            log.append("ended")
+            if failing:
+                raise KeyError("cleanup")
+
+    async def source() -> AsyncIterator[int]:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(sleep())
+            while True:
+                await asyncio.sleep(0)
+                yield 1
+
+    async with open_loop():
+        with pytest.raises(ExceptionGroup) if failing else nullcontext() as caught:
+            async with aclosing(handler(source)()) as items:
+                async for _ in items:
+                    break
+    assert log == ["ended"]
+    if caught is not None:
+        assert [repr(leaf) for leaf in caught.value.exceptions] == ["KeyError('cleanup')"]
 
 
 async def test_closed_in_a_cancelled_scope(autojump_clock: trio.testing.MockClock) -> None:

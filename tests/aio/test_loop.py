@@ -485,6 +485,39 @@ async def test_a_stray_task_that_is_not_cancelled_again_is_named_every_second(
     assert len(loud(caplog)) == 3
 
 
+async def test_what_is_started_again_and_again_comes_to_an_end(caplog: pytest.LogCaptureFixture) -> None:
+    """By a callback that restarts what has ended, whyever."""
+    started = 0
+
+    def restart(_: object) -> None:
+        nonlocal started
+        started += 1
+        loop.create_task(asyncio.sleep(1e6)).add_done_callback(restart)
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            yield 1
+        finally:
+            await asyncio.create_task(asyncio.sleep(0))
+            journal.append("closed")
+
+    async def begin() -> int:
+        restart(None)
+        generators.append(source())
+        return await anext(generators[0])
+
+    generators: list[AsyncIterator[int]] = []
+    journal = Journal()
+    async with no_leaks():
+        async with open_loop() as loop:
+            assert await run_asyncio(begin) == 1
+    assert started > 100
+    assert journal == ["closed"]
+    assert [str(record.exc_info and record.exc_info[1]) for record in caplog.records if record.levelno > logging.INFO] == [
+        "this asyncio loop closes, and tasks are started in it again and again: it takes no more"
+    ]
+
+
 async def test_strays_may_use_trio_in_their_cleanup(autojump_clock: trio.testing.MockClock) -> None:
     from trio_dcore.aio import run_in_trio
     from trio_dcore.aio._portal import current_portal
@@ -747,6 +780,57 @@ def test_exits_in_stray_tasks_end_the_block(error: BaseException) -> None:
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert caught.value is error
     assert journal == ["cancelled", "finally", "block left", "cancelled", "finally"]
+
+
+class _InterruptedAt(trio.abc.Instrument):
+    """Ctrl-C before the n-th step of a trio task."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_at_every_step() -> None:
+    """Also while the loop is being opened, and closed."""
+
+    async def main() -> None:
+        async with open_loop():
+            await run_asyncio(asyncio.sleep, 0)
+
+    steps = 0
+    while True:
+        steps += 1
+        interrupted = _InterruptedAt(steps)
+        with no_leaks():
+            try:
+                trio.run(main, instruments=[interrupted])
+            except KeyboardInterrupt:
+                pass
+        if interrupted.left > 0:
+            break
+    assert steps > 20
+
+
+@pytest.mark.parametrize("part", ["_make_self_pipe", "_main_loop_init", "_main_loop"])
+def test_ctrl_c_while_the_loop_is_made(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trio_asyncio = pytest.importorskip("trio_asyncio")
+    made = getattr(trio_asyncio.TrioEventLoop, part)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return made(*args, **options)
+
+    async def main() -> None:
+        async with open_loop():
+            await trio.sleep_forever()
+
+    monkeypatch.setattr(trio_asyncio.TrioEventLoop, part, interrupted)
+    with no_leaks(), pytest.raises(KeyboardInterrupt):
+        trio.run(main)
 
 
 def test_an_exit_in_the_very_first_callback() -> None:

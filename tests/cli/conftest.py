@@ -48,6 +48,10 @@ async def hang() -> None:
     await trio.sleep_forever()
 
 
+def fail_in_red() -> None:
+    exec(compile("raise ValueError('red')", "\x1b[31m\x9b2J", "exec"))
+
+
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """The address of a running server."""
@@ -55,6 +59,7 @@ def address() -> Iterator[str]:
     handlers = {
         "add": add,
         "fail": fail,
+        "fail_in_red": fail_in_red,
         "describe": describe,
         "count": count,
         "forever": forever,

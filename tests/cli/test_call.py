@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import socket
 import subprocess
@@ -50,6 +51,44 @@ def test_call_shows_the_remote_traceback_if_asked(address: str, capsys: pytest.C
     code, _, err = run(capsys, "call", address, "fail", "text=x", "--traceback")
     assert code == 1
     assert "raise ValueError(text)" in err
+
+
+def test_a_remote_traceback_moves_no_cursor(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "call", address, "fail_in_red", "--traceback")
+    assert code == 1
+    assert 'File "?[31m?2J", line 1' in err
+    assert err.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("command", ["call", "stream"])
+def test_an_op_without_a_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, command, "tcp://127.0.0.1:1", "")
+    assert (code, out) == (2, "")
+    assert "OP is empty" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("argv", [("call", "{}", "add", "x=1", "y=2"), ("stream", "{}", "forever"), ("ping", "{}")])
+def test_no_room_for_the_output(address: str, argv: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "trio_dcore.cli", *(word.format(address) for word in argv)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("trio-dcore: error: the output can't be written: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_with_stderr_closed(address: str) -> None:
+    command = shlex.join([sys.executable, "-m", "trio_dcore.cli", "call", address, "add", "x=1", "y=2"])
+    done = subprocess.run(f"{command} 2>&-", shell=True, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n")
 
 
 def test_call_of_an_unknown_op_names_the_closest(address: str, capsys: pytest.CaptureFixture[str]) -> None:

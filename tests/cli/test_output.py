@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import sys
 from decimal import Decimal
 from typing import Any
 
@@ -117,6 +119,44 @@ def test_what_json_knows_is_printed_as_it_is(value: Any) -> None:
 def test_text_that_the_terminal_can_not_show(capsys: pytest.CaptureFixture[str]) -> None:
     print_line("lone \ud800 surrogate")
     assert capsys.readouterr().out == "lone \\ud800 surrogate\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+@pytest.mark.parametrize("value", ["\x1b[2J", "\x9b2J \x7f", "\u202etxt", {"\x85": ["\u2028"]}, "é 中 😀", "lone \ud800"])
+def test_json_says_the_same_in_every_encoding_and_moves_no_cursor(
+    value: Any, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", output)
+    print_value(value, "json")
+    assert isinstance(output.buffer, io.BytesIO)
+    shown = output.buffer.getvalue().decode(encoding)
+    assert json.loads(shown) == value
+    assert shown.removesuffix("\n").isprintable()
+
+
+def test_tables_move_no_cursor_from_inside_a_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    print_value([["\x9b2J"], "\x9b2J"], "table")
+    assert capsys.readouterr().out == '["\\u009b2J"]\n?2J\n'
+
+
+def test_a_number_too_long_for_decimal() -> None:
+    assert to_json(10**4000) == "1" + "0" * 4000
+    assert to_json([-(2**20_000)]) == json.dumps([{"$int": hex(-(2**20_000))}])
+
+
+def test_an_object_whose_repr_fails() -> None:
+    class Sulking:
+        def __repr__(self) -> str:
+            raise LookupError
+
+    assert "Sulking, whose repr() raised LookupError" in to_json([Sulking()])
+
+
+def test_without_an_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(CliError, match="no standard output"):
+        print_line("x")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     """Called by the test itself: pytest sets stderr anew between a fixture and the test."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     return terminal
 
 
@@ -55,6 +56,23 @@ async def test_it_is_removed_when_the_block_fails(
             await trio.sleep(1.1)
             raise ValueError
     assert terminal.getvalue() == "\r\x1b[Kx\r\x1b[K"
+
+
+async def test_it_fits_into_a_line(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    async with shown_progress(lambda waited: "x" * 200, wanted=True):
+        await trio.sleep(1.1)
+    assert terminal.getvalue() == f"\r\x1b[K{'x' * 79}\r\x1b[K"
+
+
+async def test_not_on_a_terminal_that_can_not_remove_it(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    terminal = at_a_terminal(monkeypatch)
+    monkeypatch.setenv("TERM", "dumb")
+    async with shown_progress(lambda waited: "x", wanted=True):
+        await trio.sleep(2)
+    assert terminal.getvalue() == ""
 
 
 async def test_not_where_nobody_looks(monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,6 +63,7 @@ def make_nothing(): return None
 def make_error(): raise RuntimeError("not today")
 async def make_async(): return handlers
 answer = 42
+strange = {"echo": lambda data: [data]}
 not_callable = {"add": 3}
 """
 
@@ -226,3 +228,39 @@ def test_it_listens_at_several_addresses(module: str, capsys: pytest.CaptureFixt
         program.send_signal(signal.SIGTERM)
         assert program.wait(60) == 0
     assert capsys.readouterr().out == "2\n4\n"
+
+
+@signals
+@pytest.mark.parametrize("closed", ["by us", "by its reader"])
+def test_it_serves_though_nobody_reads_where(module: str, closed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-W", "error", "-m", "trio_dcore.cli", "serve", f"{module}:handlers"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command] if closed == "by us" else command,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    ) as program:
+        os.close(writer)
+        try:
+            assert program.stderr is not None
+            found = re.search(r"tcp://127\.0\.0\.1:\d+", program.stderr.readline())
+            assert found is not None
+            assert main(["call", found[0], "add", "x=1", "y=2"]) == 0
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(60) == 0
+            assert "Traceback" not in program.stderr.read()
+        finally:
+            program.kill()
+    assert capsys.readouterr().out == "3\n"
+
+
+@signals
+def test_ping_of_a_server_that_echoes_something_else(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(f"{module}:strange") as (_, address):
+        assert main(["ping", address]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"trio-dcore: error: {address} answers an echo of 0 with [0]; is it a Dask server?\n"

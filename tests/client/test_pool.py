@@ -68,8 +68,8 @@ def balanced(pool: ConnectionPool) -> None:
 
 
 class TestConstruction:
-    @pytest.mark.parametrize("limit", [0, -1])
-    def test_limit(self, limit: int) -> None:
+    @pytest.mark.parametrize("limit", [0, -1, "512", 1.5])
+    def test_limit(self, limit: Any) -> None:
         with pytest.raises(ValueError, match="at least 1 comm"):
             ConnectionPool(limit)
 

@@ -28,6 +28,7 @@ from trio_dcore.abc import CommSettings, Peer
 from trio_dcore.client._pool_policy import PoolPolicy
 from trio_dcore.comm import FramedComm, get_transport
 from trio_dcore.comm._pumps import StreamPump
+from trio_dcore.protocol._envelope import END, ITEM
 from trio_dcore.testing import FaultStream, ManualPeer, cancel_sweep, memory_network, memory_stream_pair
 
 
@@ -434,19 +435,22 @@ class TestEndings:
                 assert remote.pool.active == 0
 
     async def test_nothing_is_sent_behind_the_end_of_a_stream(self) -> None:
-        async def take(comm: Comm) -> None:
-            found = [item async for item in comm]
-            await comm.write(found)
+        async def serve() -> None:
+            async with ManualPeer(await listener.accept()) as peer:
+                await peer.handshake(extension=True)
+                assert (await peer.receive())["op"] == "take"
+                assert await peer.receive() == (ITEM, 1, "item")
+                assert await peer.receive() == (END, 1, None)
+                await peer.expect_end()
 
-        async with Server({"take": take}) as server, rpc(await server.listen("tcp://127.0.0.1:0")) as remote:
-            async with remote.take.stream() as stream:
-                await stream.send(1)
-                await stream.send_eof()
-                with pytest.raises(LocalProtocolError, match="send_eof"):
-                    await stream.send(2)
-                assert [item async for item in stream] == [(1,)]
-            assert await remote.echo(data=3) == 3
-            assert server.statistics().accepted == 1
+        with memory_network() as network:
+            async with await network.listen_streams() as listener, trio.open_nursery() as nursery:
+                nursery.start_soon(serve)
+                async with rpc(listener.address) as remote, remote.take.stream() as stream:
+                    await stream.send("item")
+                    await stream.send_eof()
+                    with pytest.raises(LocalProtocolError, match="send_eof"):
+                        await stream.send("behind it")
 
     async def test_a_comm_whose_call_had_no_answer_is_closed_for_both(self) -> None:
         """The server has ended its direction only, and waits for the end of ours."""
@@ -468,3 +472,41 @@ class TestEndings:
                     await send_recv(comm, op="x")
                 with trio.fail_after(5):
                     await seen.wait()
+
+    async def test_callers_are_looked_after_while_a_cancelled_server_drains(self) -> None:
+        """Pings are answered, and one that goes is noticed, as long as there is time."""
+        cut = trio.Event()
+
+        async def endless() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                cut.set()
+
+        hasty = Limits(ping_interval=0.1, ping_timeout=0.4)
+        async with trio.open_nursery() as nursery:
+            serving = trio.CancelScope()
+
+            async def serve(task_status: trio.TaskStatus[str]) -> None:
+                with serving:
+                    async with Server({"endless": endless, "work": trio.sleep}, drain_on_cancel=20) as server:
+                        task_status.started(await server.listen("tcp://127.0.0.1:0"))
+                        await trio.sleep_forever()
+
+            address = await nursery.start(serve)
+            async with rpc(address) as one, rpc(address, limits=hasty) as other:
+                calling = trio.CancelScope()
+
+                async def go() -> None:
+                    with calling:
+                        await one.endless()
+
+                async with trio.open_nursery() as calls:
+                    calls.start_soon(go)
+                    calls.start_soon(lambda: other.work(seconds=1.2))
+                    await trio.sleep(0.1)  # pings let nobody wait until all is quiet
+                    serving.cancel()
+                    await trio.sleep(0.1)  # pings let nobody wait until all is quiet
+                    calling.cancel()
+                    with trio.fail_after(5):
+                        await cut.wait()

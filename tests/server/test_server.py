@@ -66,9 +66,25 @@ class TestConstruction:
         with pytest.raises(ValueError, match=name):
             Server(**{name: value})
 
-    def test_connection_limit(self) -> None:
-        with pytest.raises(ValueError, match="connection_limit=0"):
-            Server(connection_limit=0)
+    @pytest.mark.parametrize("limit", [0, "512", None])
+    def test_connection_limit(self, limit: Any) -> None:
+        with pytest.raises(ValueError, match=f"connection_limit={limit!r}"):
+            Server(connection_limit=limit)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("security", Limits()), ("limits", {"message": 1}), ("handlers", [add]), ("stream_handlers", "add")]
+    )
+    def test_arguments_of_another_kind(self, name: str, value: Any) -> None:
+        with pytest.raises(TypeError, match=f"{name}="):
+            Server(**{name: value})
+
+    @pytest.mark.parametrize("timeout", [-1, math.nan, True, "5s"])
+    async def test_timeout(self, timeout: Any) -> None:
+        for make in (lambda: Server(timeout=timeout), lambda: rpc("127.0.0.1:1", timeout=timeout)):
+            with pytest.raises(ValueError, match=f"timeout={timeout!r}: must be a number of seconds"):
+                make()
+        with pytest.raises(ValueError, match=f"timeout={timeout!r}: must be a number of seconds"):
+            await connect("127.0.0.1:1", timeout=timeout)
 
     @pytest.mark.parametrize("name", ["handlers", "stream_handlers"])
     def test_handlers(self, name: str) -> None:
@@ -104,6 +120,8 @@ class TestConstruction:
         for authorize in (ask, Ask()):
             with pytest.raises(TypeError, match="authorize must be a plain function"):
                 Server(authorize=authorize)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="authorize=3: must be a function"):
+            Server(authorize=3)  # type: ignore[arg-type]
 
     def test_before_it_starts(self) -> None:
         server = Server({"add": add}, name="Adder")

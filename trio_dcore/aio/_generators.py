@@ -155,5 +155,10 @@ def _next(generator: AsyncGenerator[Any, None]) -> Awaitable[Any]:
 
 
 async def _close(generator: AsyncGenerator[Any, None]) -> Any:
-    await generator.aclose()
+    try:
+        await generator.aclose()
+    except BaseExceptionGroup as group:
+        _, rest = group.split(GeneratorExit)  # of a TaskGroup round its `yield`, which has put it in there
+        if rest is not None:
+            raise rest from rest.__cause__
     raise StopAsyncIteration

@@ -71,13 +71,16 @@ class open_loop:
         _check_no_host()
         self._trio_asyncio = _import_trio_asyncio()
         self._redeliver = redeliver
+        self._begun = trio.Event()  # or failed
         self._closing = trio.Event()
+        self._portal: Portal | None = None
         self._outer: Any = None
         self._nursery: trio.Nursery
         self._loop_before: asyncio.AbstractEventLoop | None = None
         self._portal_before: Portal | None = None
         self._exit: BaseException | None = None
 
+    @enable_ki_protection
     async def __aenter__(self) -> asyncio.AbstractEventLoop:
         _check_no_host()
         await checkpoint_if_cancelled()
@@ -85,21 +88,29 @@ class open_loop:
             raise LocalProtocolError("each open_loop() is for one `async with`; call it again")
         self._outer = trio.open_nursery()
         self._nursery = await self._outer.__aenter__()
-        portal: Portal | None = None
+        failure: BaseException | None = None
         try:
-            with trio.CancelScope(shield=True):  # cancelled, start() would wait for the end of the task
-                portal = await self._nursery.start(self._hold)
-        except BaseException as error:
-            failure = await self._leave(error)
-            assert failure is not None
-            raise failure from None
-        assert portal is not None
+            self._nursery.start_soon(self._hold)
+            with trio.CancelScope(shield=True):
+                await self._begun.wait()
+        except BaseException as error:  # Ctrl-C
+            failure = error
+        portal = self._portal
+        if portal is None or failure is not None:
+            self._closing.set()
+            failure = await self._leave(failure)
+            try:
+                assert failure is not None
+                raise failure from None
+            finally:
+                del failure
         self._loop_before = self._trio_asyncio.current_loop.get()
         self._portal_before = current_portal.get()
         self._trio_asyncio.current_loop.set(portal.loop)
         current_portal.set(portal)
         return portal.loop
 
+    @enable_ki_protection
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
@@ -126,7 +137,14 @@ class open_loop:
 
     # -- the task that holds the loop --------------------------------------------------------------------------------------------
 
-    async def _hold(self, task_status: trio.TaskStatus[Portal]) -> None:
+    @enable_ki_protection  # a Ctrl-C is for the main task: here it would leave half a loop
+    async def _hold(self) -> None:
+        try:
+            await self._hold_loop()
+        finally:
+            self._begun.set()
+
+    async def _hold_loop(self) -> None:
         with trio.CancelScope(shield=True):
             async with self._trio_asyncio.open_loop() as loop:
                 loop.__class__ = _bridging(type(loop))  # type: ignore[arg-type]
@@ -134,7 +152,7 @@ class open_loop:
                 await loop.synchronize()  # its main task is still in a step of the old class
                 strays = Strays(loop, self._redeliver)
                 try:
-                    await self._serve(loop, strays, task_status)
+                    await self._serve(loop, strays)
                 finally:
                     try:
                         with trio.CancelScope(shield=True):
@@ -149,12 +167,12 @@ class open_loop:
             exit, self._exit = self._exit, None
             raise exit
 
-    async def _serve(self, loop: Any, strays: Strays, task_status: trio.TaskStatus[Portal]) -> None:
+    async def _serve(self, loop: Any, strays: Strays) -> None:
         """Until the block is left, and then until its stray tasks and what asyncio code has in trio have ended."""
         async with trio.open_nursery() as watch:
             async with trio.open_nursery() as nursery:
-                loop.portal = portal = Portal(loop, nursery)
-                task_status.started(portal)
+                loop.portal = self._portal = portal = Portal(loop, nursery)
+                self._begun.set()
                 try:
                     await self._closing.wait()
                 except trio.Cancelled:

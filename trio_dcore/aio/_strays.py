@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
 import trio
 
@@ -17,6 +17,9 @@ __all__ = ["Strays", "report_tasks"]
 _NAME = "open_loop()"
 # How often, in seconds, what does not end is named.
 _EVERY = 1.0
+# So many times tasks that were started meanwhile are cancelled.  What is always started anew, as by a callback that restarts whatever
+# ends, would go on for ever.
+_MOST_GENERATIONS = 1000
 
 
 class Strays:
@@ -38,16 +41,23 @@ class Strays:
         Args:
             carried: also those that a trio task waits for.  They are that task's to cancel, so they come last.
         """
+        generations = 0
         while True:
             tasks = self._tasks(carried)
             self._tell_failures()
             if tasks:
+                if not tasks <= self._due.keys():
+                    generations += 1
+                    if generations == _MOST_GENERATIONS:
+                        self._loop.set_task_factory(_refuse)
                 self._cancel(tasks)
                 await _wait(tasks, min(self._redeliver, _EVERY))
             else:
                 await self._loop.synchronize()  # what has been scheduled may start more
                 if not self._tasks(carried):
-                    return
+                    break
+        if generations >= _MOST_GENERATIONS:
+            self._loop.set_task_factory(None)  # what is still to be done in there needs tasks
 
     def _tasks(self, carried: bool) -> set[asyncio.Task[Any]]:
         return {task for task in asyncio.all_tasks(self._loop) if carried or not is_carried(task)}
@@ -75,6 +85,12 @@ class Strays:
         task = self._loop.create_task(self._loop.shutdown_asyncgens(), name="closing async generators")
         await _wait([task], self._redeliver)
         await self.end(carried=True)
+
+
+def _refuse(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> NoReturn:
+    """In place of making a task."""
+    coroutine.close()
+    raise RuntimeError("this asyncio loop closes, and tasks are started in it again and again: it takes no more")
 
 
 async def _wait(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 
@@ -198,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, for ``--help`` and usage that it refuses.
     """
+    if sys.stderr is None:  # it was closed by whoever called us, and everything that is said there would go to stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     args = _parser().parse_args(argv)
     try:
         code: int = args.run(args)

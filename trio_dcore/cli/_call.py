@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from .. import CommClosedError, coerce_to_address, rpc
+from .. import coerce_to_address, rpc
 from ._errors import FAILED, USAGE, CliError, explained
 from ._output import OutputClosed, RowPrinter, parse_arguments, print_line, print_value, to_json
 from ._progress import shown_progress, size
@@ -23,6 +23,8 @@ _CONNECT = 5.0
 
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.op:
+        raise CliError("OP is empty: give the name of a handler", USAGE)
     arguments = parse_arguments(args.arguments)
     for name in ("op", "comm", "reply", "close", "serializers", "deserializers"):
         if name in arguments:
@@ -119,8 +121,8 @@ def run_ping(args: argparse.Namespace) -> int:
                     began = trio.current_time()
                     answer = await remote.echo(data=n)
                     took.append(trio.current_time() - began)
-                    if answer != n:
-                        raise CommClosedError(f"{address} answers an echo of {n!r} with {answer!r}; is it a Dask server?")
+                    if type(answer) is not int or answer != n:
+                        raise CliError(f"{address} answers an echo of {n!r} with {to_json(answer)}; is it a Dask server?", FAILED)
         if args.format == "json":
             times = {"identity": identity, "connect_seconds": first, "echo_seconds": took}
             print_line(to_json({"address": address, **times}))

@@ -36,7 +36,11 @@ class CliError(Exception):
 
 def one_line(text: str) -> str:
     """Fold a text into a single line that is safe to show on a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return _printable(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def explained(*, show_traceback: bool = False) -> Iterator[None]:
         text, code = _explain(exc)
         error = CliError(text, code)
         if show_traceback and isinstance(exc, RemoteError) and exc.remote_traceback:
-            error.args = (f"{error}\n{exc.remote_traceback.rstrip()}",)
+            error.args = ("\n".join((str(error), *map(_printable, exc.remote_traceback.rstrip().splitlines()))),)
         raise error from exc
     except BaseExceptionGroup as group:
         # From a nursery of ours.  Only a lone error has one explanation.

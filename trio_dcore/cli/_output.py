@@ -10,10 +10,12 @@
 ``{"$set": [1, 2]}``                  set or frozenset, sorted by their JSON
 ``{"$dict": [[key, value], ...]}``    a dict whose keys are not all text
 ``{"$float": "nan"}``                 nan, inf and -inf
+``{"$int": "0x1f..."}``               a whole number too long for Python to write in decimal
 ``{"$repr": "array([1, 2])"}``        anything else, as ``repr()`` shows it
 ====================================  ==========================================
 
-Tuples are printed as lists, and numpy's scalars as the numbers they are.
+Tuples are printed as lists, and numpy's scalars as the numbers they are.  Whatever could move the cursor or change the order of what
+stands there, and what the encoding of the output does not have, is written as JSON's ``\\uXXXX``: it is the same to a program.
 
 **Tables** (``--format table``) are for eyes.  A dict is a line for each key; a list of dicts is a line for each dict below a line of
 the keys; any other list is a line for each member.  Text is shown as it is, and everything else as JSON.
@@ -29,9 +31,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ._errors import USAGE, CliError, one_line
+from ._errors import FAILED, USAGE, CliError, one_line
 
 __all__ = ["OutputClosed", "RowPrinter", "parse_arguments", "print_line", "print_value", "to_json"]
+
+
+# Bits of the longest number that is printed in decimal.  Python refuses above 4300 digits, since the time it takes grows with their square.
+_MOST_BITS = 14_000
 
 
 class OutputClosed(Exception):
@@ -63,7 +69,7 @@ def to_json(value: Any) -> str:
     try:
         return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
     except RecursionError:  # too deep, or it contains itself
-        return json.dumps({"$repr": repr(value)}, ensure_ascii=False)
+        return json.dumps(_repr(value), ensure_ascii=False)
 
 
 def print_value(value: Any, form: str) -> None:
@@ -146,21 +152,41 @@ def print_line(text: str) -> None:
 
     Raises:
         OutputClosed: nobody reads it any more.
+        CliError: there is nothing to write to, or no room.
     """
-    encoding = sys.stdout.encoding or "utf-8"
+    if sys.stdout is None:
+        raise CliError("there is no standard output to print to", FAILED)
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
+        print(_shown(text, sys.stdout.encoding or "utf-8"), flush=True)
+    except OSError as error:
         # The interpreter flushes stdout when it exits, and would complain once more.
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())
         os.close(devnull)
-        raise OutputClosed from None
+        if isinstance(error, BrokenPipeError):
+            raise OutputClosed from None
+        raise CliError(f"the output can't be written: {error}", FAILED) from error
+
+
+def _shown(text: str, encoding: str) -> str:
+    if text.isprintable() and _encodable(text, encoding):
+        return text
+    return "".join(c if c == "\n" or (c.isprintable() and _encodable(c, encoding)) else json.dumps(c)[1:-1] for c in text)
+
+
+def _encodable(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (str, bool, int)):
+    if value is None or isinstance(value, (str, bool)):
         return value
+    if isinstance(value, int):
+        return value if value.bit_length() <= _MOST_BITS else {"$int": hex(value)}
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": str(float(value))}
     if isinstance(value, (list, tuple)):
@@ -177,4 +203,12 @@ def _plain(value: Any) -> Any:
         scalar = value.item()
         if type(scalar) is not type(value):
             return _plain(scalar)
-    return {"$repr": repr(value)}
+    return _repr(value)
+
+
+def _repr(value: Any) -> dict[str, str]:
+    try:
+        shown = repr(value)
+    except Exception as error:
+        shown = f"<{type(value).__qualname__}, whose repr() raised {type(error).__name__}>"
+    return {"$repr": shown}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -31,9 +32,9 @@ async def shown_progress(describe: Callable[[float], str], *, wanted: bool) -> A
 
     Args:
         describe: given the seconds since the beginning, says in a few words what is going on.
-        wanted: whether the output leaves room for it; it is also not shown where stderr is no terminal.
+        wanted: whether the output leaves room for it; it is also not shown where stderr is no terminal, or one that can't remove a line.
     """
-    if not (wanted and sys.stderr.isatty()):
+    if not (wanted and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"):
         yield
         return
     async with trio.open_nursery() as nursery:
@@ -42,13 +43,21 @@ async def shown_progress(describe: Callable[[float], str], *, wanted: bool) -> A
         nursery.cancel_scope.cancel()
 
 
+def _width() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
 async def _show(describe: Callable[[float], str]) -> None:
     began = trio.current_time()
     await trio.sleep(_PATIENCE)
     try:
         while True:
             # Return to the beginning of the line, and remove what stood behind.
-            sys.stderr.write(f"\r\x1b[K{describe(trio.current_time() - began)}")
+            # A line that goes on in the next one could not be written over.
+            sys.stderr.write(f"\r\x1b[K{describe(trio.current_time() - began)[: _width() - 1]}")
             sys.stderr.flush()
             await trio.sleep(_INTERVAL)
     finally:

@@ -11,12 +11,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import trio
 
 from .. import Security, Server
 from ._errors import USAGE, CliError, explained, one_line
-from ._output import print_line
+from ._output import OutputClosed, print_line
 from ._security import security_of
 
 __all__ = ["load_server", "run_serve"]
@@ -135,8 +136,10 @@ async def _serve(server: Server, where: Sequence[str], grace: float | None) -> s
 
             nursery.start_soon(stop_on_signals)
             addresses = await nursery.start(server.serve, *where)
-            for address in addresses:
-                print_line(f"listening on {address}")
+            # `| head -1` has read what it wanted, and who has closed our stdout wants nothing; the log says where we listen, too.
+            with suppress(OutputClosed, CliError):
+                for address in addresses:
+                    print_line(f"listening on {address}")
             listening.set()
             await server.finished()
             nursery.cancel_scope.cancel()

@@ -16,7 +16,7 @@ import trio
 from trio.lowlevel import checkpoint_if_cancelled
 
 from .._security import Security
-from ..abc import OFFLOAD, CommSettings
+from ..abc import OFFLOAD, CommSettings, check_timeout
 from ..comm import AddressLike, BaseComm, check_encryption, coerce_to_address, connect_with, get_transport, parse_address
 from ..errors import CommClosedError, ConnectError, LimitExceeded, RemoteProtocolError, RPCClosed, ServerClosing
 from ..protocol._limits import Limits
@@ -64,9 +64,9 @@ class ConnectionPool:
         compression: str | None = None,
         offload: int | None = OFFLOAD,
     ) -> None:
-        if limit < 1:
+        if not isinstance(limit, int) or limit < 1:
             raise ValueError(f"limit={limit!r}: a pool needs room for at least 1 comm")
-        self.timeout = timeout
+        self.timeout = check_timeout(timeout)
         self.settings: CommSettings = CommSettings.of(
             security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload, pooled=True
         )
@@ -314,6 +314,8 @@ class ConnectionPool:
                     )
                     await waiter.woken.wait()
         except BaseException:
+            if waiter.slot is not None:
+                self._removed.pop(waiter.slot, None)
             comm = policy.give_up(waiter)
             if comm is not None:
                 self.release(comm)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import trio
 
 from .._security import Security
-from ..abc import OFFLOAD, Comm, CommSettings
+from ..abc import OFFLOAD, Comm, CommSettings, check_timeout
 from ..errors import AddressError, CommClosedError, ConnectError, LimitExceeded, LocalProtocolError, RemoteProtocolError
 from ..protocol._limits import Limits
 from ._addressing import AddressLike, coerce_to_address, parse_address
@@ -62,7 +62,7 @@ async def connect(
     settings = CommSettings.of(
         security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload
     )
-    return await connect_with(coerce_to_address(address), settings, timeout)
+    return await connect_with(coerce_to_address(address), settings, check_timeout(timeout))
 
 
 def check_encryption(scheme: str, settings: CommSettings) -> None:

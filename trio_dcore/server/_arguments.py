@@ -25,8 +25,11 @@ def check_arguments(
     connection_limit: int,
 ) -> None:
     """ValueError or TypeError for what can't be right; see :class:`trio_dcore.Server`."""
-    if connection_limit < 1:
-        raise ValueError(f"connection_limit={connection_limit!r}: must be at least 1")
+    if not isinstance(connection_limit, int) or connection_limit < 1:
+        raise ValueError(f"connection_limit={connection_limit!r}: must be a whole number, at least 1")
+    for parameter, given in (("handlers", handlers), ("stream_handlers", stream_handlers)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{parameter}={given!r}: give a dict of functions by their ops")
     for op, handler in [*handlers.items(), *stream_handlers.items()]:
         if not isinstance(op, str):
             raise TypeError(f"the op {op!r} is not a str")
@@ -36,3 +39,5 @@ def check_arguments(
         raise TypeError(f"blocked_handlers={blocked_handlers!r}: give a collection of ops, such as [{blocked_handlers!r}]")
     if authorize is not None and is_code(authorize, inspect.iscoroutinefunction):
         raise TypeError("authorize must be a plain function that returns a bool, not an async one")
+    if authorize is not None and not callable(authorize):
+        raise TypeError(f"authorize={authorize!r}: must be a function of a peer and an op that returns a bool")

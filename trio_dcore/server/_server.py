@@ -34,7 +34,7 @@ from trio.lowlevel import checkpoint_if_cancelled
 
 from .._security import Security
 from .._util import to_raise
-from ..abc import OFFLOAD, Comm, CommSettings, Listener, Peer
+from ..abc import OFFLOAD, Comm, CommSettings, Listener, Peer, check_timeout
 from ..comm import (
     AddressLike,
     BaseComm,
@@ -109,7 +109,7 @@ class BaseServer:
             self.handlers.setdefault("connection_stream", run_to_end(self.connection_stream))
         self.blocked_handlers: set[str] = set(blocked_handlers)
         self.connection_limit = connection_limit
-        self.timeout = timeout
+        self.timeout = check_timeout(timeout)
         self.settings: CommSettings = CommSettings.of(
             security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload
         )
