@@ -128,13 +128,13 @@ def family_names(parameter: str, names: Sequence[str] | None) -> tuple[str, ...]
 
 
 def check_timeout(timeout: float | None) -> float | None:
-    """Return what a ``timeout=`` was given, if it is a length of time; None is for ever.
+    """Return what a ``timeout=`` was given, if it is a number of seconds; None is for ever, and below 0 is no time at all.
 
     Raises:
         ValueError: it is none.
     """
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0):
-        raise ValueError(f"timeout={timeout!r}: must be a number of seconds, 0 or more, or None")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout != timeout):
+        raise ValueError(f"timeout={timeout!r}: must be a number of seconds, or None")
     return timeout
 
 

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -572,6 +573,41 @@ def test_subclasses_as_dasks(run: Runner) -> None:
                 await asyncio.sleep(0.001)
             await comm.close()
         assert counter.log == ["started", "closing"]
+
+    run(main)
+
+
+class _StartsNothing(Server):
+    async def start_unsafe(self) -> _StartsNothing:
+        return self
+
+
+class _ClosesNothing(Server):
+    async def close(self, timeout: float | None = None, reason: str = "") -> None:
+        pass
+
+
+class _FailsToClose(Server):
+    async def close(self, timeout: float | None = None, reason: str = "") -> None:
+        raise KeyError("close")
+
+
+@pytest.mark.parametrize("kind", [_StartsNothing, _ClosesNothing, _FailsToClose])
+def test_subclasses_that_forget_super(run: Runner, kind: type[Server]) -> None:
+    """The block starts and ends the server nevertheless."""
+
+    async def main() -> None:
+        for listening in (False, True):
+            server = kind()
+            with pytest.raises(KeyError, match="close") if kind is _FailsToClose else nullcontext():
+                async with server:
+                    if listening:
+                        remote = rpc(await server.listen(TCP))
+                        assert await remote.echo(data=1) == 1
+                        remote.close_comms()
+                    assert server.status is Status.running
+            assert server.status is Status.closed
+            await server.finished()
 
     run(main)
 

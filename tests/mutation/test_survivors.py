@@ -510,3 +510,36 @@ class TestEndings:
                     calling.cancel()
                     with trio.fail_after(5):
                         await cut.wait()
+
+    async def test_a_stream_that_is_cancelled_while_its_request_is_written_gives_its_place_back(self) -> None:
+        async def serve() -> None:
+            async with ManualPeer(await listener.accept()) as peer:
+                await peer.handshake(extension=True)
+                await trio.sleep_forever()  # and reads nothing
+
+        with memory_network() as network:
+            async with await network.listen_streams() as listener, trio.open_nursery() as nursery:
+                nursery.start_soon(serve)
+                async with rpc(listener.address) as remote:
+                    with trio.CancelScope() as scope:
+                        async with trio.open_nursery() as calls:
+                            calls.start_soon(remote.take.stream(data=bytes(500_000)).__aenter__)
+                            await wait_all_tasks_blocked()
+                            assert remote.pool.active == 1
+                            scope.cancel()
+                    assert (remote.pool.active, remote.pool.open) == (0, 0)
+                nursery.cancel_scope.cancel()
+
+    async def test_a_sender_that_waits_for_credit_is_cancelled_at_once(self, autojump_clock: MockClock) -> None:
+        async def ignores(comm: Comm) -> None:
+            await trio.sleep_forever()
+
+        with memory_network():
+            async with Server({"ignores": ignores}, limits=Limits(window=1)) as server:
+                remote = rpc(await server.listen("memory://"), limits=Limits(stream_stall=300, ping_interval=None))
+                async with remote, remote.ignores.stream() as stream:
+                    await stream.send(1)
+                    before = trio.current_time()
+                    with trio.move_on_after(2):
+                        await stream.send(2)
+                    assert trio.current_time() - before == 2

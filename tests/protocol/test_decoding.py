@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import enum
+import gc
 import mmap
 import pickle
 import sys
+import weakref
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -828,3 +831,27 @@ class TestWork:
             if type(caught.value) is TooHeavy:
                 with pytest.raises((RemoteProtocolError, SerializationError)):
                     caught.value.rest()
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_what_can_not_be_decoded_is_not_kept_until_a_collection(most: int | None) -> None:
+    """Else a few bombs, each as large as a message may become, would be there at once."""
+
+    class Memory(bytearray):
+        """Memory that can be referred to weakly."""
+
+    memory = Memory(zlib.compress(bytes(MB)))
+    ref = weakref.ref(memory)
+    head, header, _ = dumps({"x": Serialize(b"")})
+    frames = [head, msgpack.packb({**msgpack.unpackb(header), "compression": ["zlib"]}), memoryview(memory)]
+    decoder = Decoder(DecodeContext(max_message=lambda: MB // 2))
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(LimitExceeded if most is None else TooHeavy):
+            decoder.resolve(frames, most)
+            pytest.fail("it was decoded")
+        del frames, memory
+        assert ref() is None
+    finally:
+        gc.enable()

@@ -17,6 +17,7 @@ from trio_dcore import (
     CommClosedError,
     ConnectError,
     HandlerCancelled,
+    Limits,
     LocalProtocolError,
     RemoteError,
     RPCClosed,
@@ -78,7 +79,7 @@ class TestConstruction:
         with pytest.raises(TypeError, match=f"{name}="):
             Server(**{name: value})
 
-    @pytest.mark.parametrize("timeout", [-1, math.nan, True, "5s"])
+    @pytest.mark.parametrize("timeout", [math.nan, True, "5s"])
     async def test_timeout(self, timeout: Any) -> None:
         for make in (lambda: Server(timeout=timeout), lambda: rpc("127.0.0.1:1", timeout=timeout)):
             with pytest.raises(ValueError, match=f"timeout={timeout!r}: must be a number of seconds"):

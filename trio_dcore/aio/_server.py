@@ -229,6 +229,7 @@ class Server:
         self._started = True
         try:
             await self.start_unsafe()
+            await self._begin()  # if that of a subclass did not
         except BaseException:
             if self._crossing is not None and not self._crossing.done:
                 await self._crossing.wait_cancelled()
@@ -292,7 +293,11 @@ class Server:
             crossing.scope.cancel(reason="the block of the server raised")
         try:
             await self.close()
+        except BaseException:
+            crossing.scope.cancel(reason="close() of the server raised")
+            raise
         finally:
+            self._native.stop()  # if that of a subclass did not
             if not crossing.done or crossing.error is not None:
                 try:
                     await crossing.join()

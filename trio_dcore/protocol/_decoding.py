@@ -156,6 +156,9 @@ class _Reader:
             if exc is self._failure:
                 raise
             raise _invalid("frame 0", exc) from exc
+        finally:
+            # Its traceback refers to us, and to what had been made of the message, which is to go with it and not with some collection.
+            self._failure = None
         if self._tags:
             raise RemoteProtocolError("bad extension value: the tag of a frozenset or dict stands where no tag may")
         return value
