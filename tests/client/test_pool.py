@@ -526,6 +526,18 @@ class TestRemove:
             pool.remove("inproc://nobody", reason="of the test")
         balanced(pool)
 
+    async def test_a_call_that_is_cancelled_as_it_gets_its_slot(self, serving: Any) -> None:
+        """It never connects, so nobody asks why its address was removed."""
+        async with serving({"echo": echo}, "inproc://") as (server, _remote), ConnectionPool(1) as pool:
+            comm, _ = await pool.acquire(server.address, "echo")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pool.acquire, "inproc://nobody", "echo")
+                await wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+                pool.discard(comm)
+                pool.remove("inproc://nobody")
+            balanced(pool)
+
 
 class TestClosing:
     async def test_a_closed_pool_says_so(self, where: str, serving: Any) -> None:

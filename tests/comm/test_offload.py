@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -108,6 +111,28 @@ def main_thread() -> str:
 
 async def test_a_function_runs_in_a_thread() -> None:
     assert await in_worker(lambda: threading.current_thread() is threading.main_thread(), "x") is False
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_a_thread_has_made_is_not_kept_until_a_collection(fails: bool) -> None:
+    """By the error either, whose traceback knows what the function was about."""
+    made: list[weakref.ref[Any]] = []
+
+    def make() -> Any:
+        array = numpy.arange(10)
+        made.append(weakref.ref(array))
+        if fails:
+            raise LookupError
+        return array
+
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(LookupError):
+            await in_worker(make, "x")
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
     def fail() -> None:
         raise ValueError("no")

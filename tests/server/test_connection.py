@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import math
 import threading
+import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import numpy
@@ -1656,3 +1658,29 @@ async def test_a_generator_for_which_nobody_waits_is_refused_quietly(caplog: pyt
             assert await peer.receive() == 1
     assert "was refused, and nobody waits for the answer: 'many' streams; use .stream()" in caplog.text
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+async def test_what_a_handler_that_fails_was_given_is_not_kept_until_a_collection(how: str) -> None:
+    given: list[weakref.ref[Any]] = []
+
+    def fail(x: Any) -> None:
+        given.append(weakref.ref(x))
+        raise ValueError("no luck")
+
+    async def fail_later(x: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        fail(x)
+
+    handler = fail if how == "sync" else fail_later
+    async with Server({"fail": handler}) as server, rpc(await server.listen("tcp://127.0.0.1:0")) as remote:
+        gc.collect()
+        gc.disable()
+        try:
+            for x in (numpy.arange(10), numpy.arange(20)):
+                with suppress(ValueError):
+                    await remote.fail(x=x)
+            await wait_all_tasks_blocked()
+            assert [ref() is None for ref in given] == [True, True]
+        finally:
+            gc.enable()

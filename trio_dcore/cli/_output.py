@@ -169,14 +169,13 @@ def print_line(text: str) -> None:
 
 
 def _shown(text: str, encoding: str) -> str:
-    if text.isprintable() and _encodable(text, encoding):
-        return text
-    return "".join(c if c == "\n" or (c.isprintable() and _encodable(c, encoding)) else json.dumps(c)[1:-1] for c in text)
+    strange = [c for c in set(text) if c != "\n" and not (c.isprintable() and _encodable(c, encoding))]
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in strange}) if strange else text
 
 
-def _encodable(text: str, encoding: str) -> bool:
+def _encodable(character: str, encoding: str) -> bool:
     try:
-        text.encode(encoding)
+        character.encode(encoding)
     except UnicodeEncodeError:
         return False
     return True

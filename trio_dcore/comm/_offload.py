@@ -41,18 +41,27 @@ async def in_worker(function: Callable[[], _Result], what: str) -> _Result:
         limiter = trio.CapacityLimiter(_THREADS)
         _limiter.set(limiter)
     running = False
+    results: list[_Result] = []
+    errors: list[BaseException] = []
 
-    def run() -> _Result:
+    def run() -> None:
+        # An error is put down, neither raised nor returned: what it passed through in trio would refer to it, as its traceback does to
+        # that, and the message that could not be decoded would stay until a collection.
         nonlocal running
         running = True
         try:
-            return function()
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
         finally:
             running = False
 
     try:
-        return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
+        await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
     except trio.Cancelled:
         if running:
             _log.info("%s was cancelled; the thread that does it goes on, and its result will be dropped", what)
         raise
+    if errors:
+        raise errors.pop()
+    return results.pop()

@@ -417,19 +417,22 @@ class Connection:
                     self._watching = False
                     comm.unwatch_end()
         started = request is not None
-        if wanted:
-            await self._send_failure(header, failure, started=started)
-        elif request is not None and failure is not self._misfit:
-            self._log_failure(logging.ERROR, request.op, "failed and nobody waits for the answer", failure)
-        else:
-            # The first of a connection is for who looks for a mistake; all of them would be a way to fill the disk.
-            level = logging.DEBUG if self._told else logging.INFO
-            self._told = True
-            what = "op %s from %s was refused, and nobody waits for the answer: %.1000s"
-            _log.log(level, what, shown(op), comm.peer_address, failure)
-        self._misfit = None
-        if not started and isinstance(failure, (RemoteProtocolError, LimitExceeded)):
-            raise failure
+        try:
+            if wanted:
+                await self._send_failure(header, failure, started=started)
+            elif request is not None and failure is not self._misfit:
+                self._log_failure(logging.ERROR, request.op, "failed and nobody waits for the answer", failure)
+            else:
+                # The first of a connection is for who looks for a mistake; all of them would be a way to fill the disk.
+                level = logging.DEBUG if self._told else logging.INFO
+                self._told = True
+                what = "op %s from %s was refused, and nobody waits for the answer: %.1000s"
+                _log.log(level, what, shown(op), comm.peer_address, failure)
+            self._misfit = None
+            if not started and isinstance(failure, (RemoteProtocolError, LimitExceeded)):
+                raise failure
+        finally:
+            del failure  # its traceback refers to this frame: the two would keep the request alive until a collection
         return not close and not self._said_too_much(header, reply, written)
 
     def _log_failure(self, level: int, op: str, what: str, error: BaseException) -> None:
