@@ -161,3 +161,36 @@ async def test_those_of_a_pool_and_of_a_server() -> None:
             found = await send_recv(comm, op="one", deserializers=["pickle"])
             assert found.header["serializer"] == "pickle"
             assert await send_recv(comm, op="family_of", x=to_serialize(1), serializers=["pickle"]) == "pickle"
+
+
+async def test_what_a_call_sends_does_not_widen_what_its_pool_accepts() -> None:
+    """Dask's order: the call's, the pool's, and only then what the call sends."""
+    wide = ["dask", "pickle", "msgpack"]
+    async with Server(HANDLERS, deserialize=False) as server:
+        address = await server.listen("tcp://127.0.0.1:0")
+        for own, told in (
+            ({"deserializers": MSGPACK}, ("msgpack",)),
+            ({"serializers": MSGPACK}, ("msgpack",)),
+            ({}, tuple(wide)),
+        ):
+            async with rpc(address, **own) as remote:
+                assert await remote.told(serializers=wide) == told
+                assert await remote.told(serializers=wide, deserializers=["pickle"]) == ("pickle",)
+        async with rpc(address, deserializers=[]) as remote:
+            assert await remote.told(serializers=wide) == ()
+        for own, told in (({"deserializers": MSGPACK}, ("msgpack",)), ({}, tuple(wide))):
+            async with await connect(address, **own) as comm:
+                assert await send_recv(comm, op="told", serializers=wide) == told
+
+
+async def test_a_server_that_does_not_do_as_its_client_says() -> None:
+    """What a call sends is no reason to open what its comm or pool does not accept."""
+
+    async def one(comm: Comm) -> None:
+        await comm.write(to_serialize(DATE), serializers=["pickle"])
+
+    async with Server({"one": one}) as server:
+        address = await server.listen("tcp://127.0.0.1:0")
+        async with await connect(address, deserializers=["dask"]) as comm:
+            with pytest.raises(TypeError, match="only able to deserialize data with"):
+                await send_recv(comm, op="one", serializers=["dask", "pickle"])

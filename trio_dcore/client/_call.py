@@ -119,8 +119,10 @@ def families(pool: ConnectionPool, kwargs: dict[str, Any]) -> tuple[tuple[str, .
     own_serializers, own_deserializers = pool.settings.serializers, pool.settings.deserializers
     serializers = family_names("serializers", kwargs.pop("serializers", None))
     deserializers = family_names("deserializers", kwargs.pop("deserializers", None))
-    if deserializers is None:
-        deserializers = serializers or own_deserializers or own_serializers
+    # Dask's order: which families a call sends says nothing about what a pool that was told what to accept accepts.
+    for default in (own_deserializers, own_serializers, serializers):
+        if deserializers is None:
+            deserializers = default
     if deserializers is not None:
         kwargs["serializers"] = deserializers
     return serializers, deserializers
@@ -266,7 +268,8 @@ async def send_recv(
         reply: False returns None at once, and the handler runs without an answer.
         close: have the server close the connection after its answer.
         serializers: families for ``Serialize`` payloads of the request.
-        deserializers: families for those of the answer, which the server is told; ``serializers`` by default.
+        deserializers: families for those of the answer, which the server is told; by default those that the comm was made with, and
+            if it was made without, ``serializers``.
         **kwargs: the handler's arguments.
 
     Cancellation: closes the comm, which cancels the handler at a trio_dcore server.
@@ -282,7 +285,8 @@ async def send_recv(
     if close:
         request["close"] = True
     if deserializers is None:
-        deserializers = serializers
+        own = comm.settings.deserializers
+        deserializers = serializers if own is None else own
     if deserializers is not None:
         request["serializers"] = tuple(deserializers)
     answer = None

@@ -71,7 +71,10 @@ class ConnectionPool:
             security, limits, deserialize, serializers, deserializers, compression=compression, offload=offload, pooled=True
         )
         #: Families for the payloads of a call that names none: (its request, its answer); None for the comm's own.
-        self.families: tuple[None, tuple[str, ...] | None] = None, self.settings.deserializers or self.settings.serializers
+        self.families: tuple[None, tuple[str, ...] | None] = (
+            None,
+            self.settings.serializers if self.settings.deserializers is None else self.settings.deserializers,
+        )
         self._policy = PoolPolicy(limit)
         self._pinger = Pinger(self._policy, self.settings.limits)
         self._idle_limit = self.settings.limits.idle
