@@ -757,6 +757,30 @@ async def test_batches_without_an_interval_do_not_put_off_a_cancellation() -> No
     assert stream.unsent == [3]
 
 
+async def test_whatever_a_comm_of_ones_own_raises_is_told_to_who_sends() -> None:
+    class Broken(Comm):
+        """Fails in its own way, and never says that it is closed."""
+
+        peer = local_address = peer_address = None  # type: ignore[assignment]
+
+        async def write(self, message: Any, *, on_error: Any = None, serializers: Any = None) -> int:
+            await trio.lowlevel.checkpoint()
+            raise KeyError("the line is cut")
+
+        read = receive = send = aclose = abort = None  # type: ignore[assignment]
+
+        def closed(self) -> bool:
+            return False
+
+    stream = BatchedSend(Broken(), interval=0)
+    stream.send(0)
+    with trio.fail_after(5):
+        await stream.run()
+    with pytest.raises(CommClosedError) as caught:
+        stream.send(1)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 # -- with servers ----------------------------------------------------------------------------------------------------------------
 
 

@@ -543,3 +543,26 @@ class TestEndings:
                     with trio.move_on_after(2):
                         await stream.send(2)
                     assert trio.current_time() - before == 2
+
+
+async def test_who_waits_for_credit_with_a_limit_is_cancelled_at_once(autojump_clock: MockClock) -> None:
+    """The scope that counts the time of a stall stands in nobody's way."""
+    ended: list[float] = []
+
+    async def count(comm: Comm) -> None:
+        try:
+            for n in range(1000):
+                await comm.write(n)
+        finally:
+            ended.append(trio.current_time())
+
+    with memory_network():
+        async with Server({"count": count}, limits=Limits(stream_stall=300)) as server:
+            address = await server.listen("memory://")
+            async with rpc(address) as remote, remote.count.stream():
+                await wait_all_tasks_blocked()
+                assert not ended
+                began = trio.current_time()
+                server.stop(0)
+                await server.finished()
+    assert ended == [began]
