@@ -566,3 +566,16 @@ async def test_who_waits_for_credit_with_a_limit_is_cancelled_at_once(autojump_c
                 server.stop(0)
                 await server.finished()
     assert ended == [began]
+
+
+async def test_the_pinger_of_a_server_forgets_who_has_gone(autojump_clock: MockClock) -> None:
+    """Else it would look as often as the most impatient client that it ever had wanted, and keep its connection."""
+    with memory_network():
+        async with Server({"add": lambda x: x}) as server:
+            address = await server.listen("memory://")
+            async with rpc(address, limits=Limits(ping_interval=1)) as remote:
+                assert await remote.add(x=1) == 1
+                assert len(server._pinger._hasty) == 1
+            await wait_all_tasks_blocked()
+            assert server.statistics().connections == 0
+            assert not server._pinger._hasty
