@@ -23,12 +23,8 @@ async def get_local_address_for(address: str) -> str:
 
 async def _ask(function: Callable[[str], Awaitable[str]], address: str) -> str:
     portal = await acquire_portal()
-    lease = portal.lease(_nothing)
+    lease = portal.lease()
     try:
         return await run_in_trio(portal, function, address)
     finally:
         await lease.aclose()
-
-
-def _nothing() -> None:
-    """Nobody but us uses what is under way."""

@@ -214,7 +214,7 @@ async def run_in_asyncio(
         waiter = current_task()
         task.add_done_callback(lambda _: reschedule(waiter))
         await carried.wait_rescheduled()
-    return carried.result()  # type: ignore[no-any-return]
+    return carried.result()  # type: ignore[no-any-return]  # what fn returned
 
 
 def _nobody_asked(what: str) -> RuntimeError:
@@ -386,7 +386,7 @@ async def run_in_trio(
             del error
     if crossing.cancelled:
         raise PortalClosed("the trio run of this event loop ends")
-    return crossing.value  # type: ignore[no-any-return]
+    return crossing.value  # type: ignore[no-any-return]  # what fn returned
 
 
 def _outweighs(error: BaseException, late: bool) -> bool:

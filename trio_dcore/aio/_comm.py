@@ -147,7 +147,7 @@ async def connect(address: AddressLike, **options: Unpack[CommOptions]) -> Comm:
     """
     portal = await acquire_portal()
     # Held while connecting, too: nobody else may need the portal.
-    lease = portal.lease(_nothing)
+    lease = portal.lease()
     try:
         comm = await run_in_trio(
             portal,
@@ -161,10 +161,6 @@ async def connect(address: AddressLike, **options: Unpack[CommOptions]) -> Comm:
         comm.abort()
     lease.close = comm.abort
     return Comm(comm, portal, lease)
-
-
-def _nothing() -> None:
-    """What is being made is closed by who makes it."""
 
 
 async def send_recv(

@@ -149,7 +149,7 @@ class _Node(Generic[T]):
                 started.cancel()
                 await asyncio.wait([started])
             raise
-        return self._node  # type: ignore[no-any-return]
+        return self._node  # type: ignore[no-any-return]  # Dask has no types
 
     def _joins_later(self, worker: Worker) -> None:
         """Have the worker's close() leave its threads to us, also where the scheduler or a lost connection is what closes it."""
@@ -244,7 +244,7 @@ def _connects_whole(pool: ConnectionPool, all_making: set[asyncio.Future[Comm]])
             making.add_done_callback(partial(_give_back, pool, addr))
             raise
 
-    pool.connect = whole  # type: ignore[method-assign]
+    pool.connect = whole  # type: ignore[method-assign]  # of this pool alone, whose connects are not to be cut
 
 
 def _give_back(pool: ConnectionPool, addr: str, made: asyncio.Future[Comm]) -> None:

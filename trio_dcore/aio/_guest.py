@@ -205,7 +205,7 @@ class _Block(_Run):
     async def start(self) -> None:
         outer = await acquire_portal(hold=False)
         self._guest = _runs.get(self.loop)
-        self._lease = outer.lease(_nothing)
+        self._lease = outer.lease()
         ready = self.loop.create_future()
         crossing = outer.start(self._root, (ready,))
         crossing.waiter.add_done_callback(self._root_ended)
@@ -258,10 +258,6 @@ class _Block(_Run):
             return None
         self._guest.end_if_unused()
         return await self._guest.join() if self._guest.portal.closed else None
-
-
-def _nothing() -> None:
-    """What a block has ends with its nursery."""
 
 
 async def acquire_portal(*, hold: bool = True) -> Portal:

@@ -19,6 +19,10 @@ __all__ = ["Lease", "Portal", "current_portal"]
 T = TypeVar("T")
 
 
+def _nothing() -> None:
+    """What is under way belongs to who holds the lease, and ends with its trio task."""
+
+
 #: The portal of the asyncio loop of a trio program; tasks that are started where it is set have it.
 current_portal: ContextVar[Portal | None] = ContextVar("trio_dcore.aio.portal", default=None)
 
@@ -83,11 +87,12 @@ class Portal:
         self.crossings.add(crossing)
         return crossing
 
-    def lease(self, close: Callable[[], object]) -> Lease:
+    def lease(self, close: Callable[[], object] = _nothing) -> Lease:
         """Keep the portal open until the lease is released.  Not a checkpoint.
 
         Args:
-            close: closes what needs trio, at once and without waiting; called if the portal is closed before.
+            close: closes what needs trio, at once and without waiting; called if the portal is closed before.  By default there is
+                nothing to close.
         """
         if self._closed:
             raise PortalClosed("the trio run of this event loop has ended")
